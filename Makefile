@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all you need: each makes .venv on first use, and again when the requirements change.
+# PYTHON names the Python that a new .venv is made with: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test setup lab export docs need-quarto clean
+
+help: ## list what make can do
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.done ## explain two-digit scenes with a ViT and a Mixer; pictures and a page go to demo/
+	$(BIN)/python -m libragrad_nb.demo
+
+test: .venv/.done ## all checks: exported modules, README, every notebook, tests/
+	@$(BIN)/python tools/check.py
+
+setup: .venv/.done ## make .venv, with the package (editable) and its tools
+
+.venv/.done: settings.ini setup.py pyproject.toml tools/setup.sh
+	@sh tools/setup.sh "$(PYTHON)"
+	@touch $@
+
+lab: .venv/.done ## read and edit the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+export: .venv/.done ## after editing notebooks: write the modules and README.md, strip notebook metadata
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+docs: need-quarto .venv/.done ## render the documentation to _docs/ (needs Quarto)
+	$(BIN)/python tools/readme.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+
+need-quarto:
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: get it at https://quarto.org/docs/get-started/"; exit 1; }
+
+clean: ## remove what the other commands made, except .venv
+	rm -rf demo _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .hypothesis
+	find . \( -path ./.venv -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
