@@ -6,21 +6,21 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #dc003416
+# %% ../nbs/00_core.ipynb #0093cec5
 import threading
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #75251286
+# %% ../nbs/00_core.ipynb #687769b5
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #f7fed8d8
+# %% ../nbs/00_core.ipynb #3b3a07f9
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #4ca9be5e
+# %% ../nbs/00_core.ipynb #f7db5224
 class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, surrogate): return value.detach()
@@ -34,7 +34,7 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #ab6b5e1e
+# %% ../nbs/00_core.ipynb #570707ac
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, x, *gates):
@@ -53,7 +53,7 @@ def scale_backward(
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
     return _Scale.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #cff7d929
+# %% ../nbs/00_core.ipynb #f9041f2a
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -75,7 +75,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #067ae6f3
+# %% ../nbs/00_core.ipynb #22c942d0
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -94,12 +94,12 @@ class _Mode(TorchFunctionMode):
         if op in COMPOSITES:
             with torch.no_grad(): value = op(*args, **kwargs)
             with _Mode(self.rules, self.tally): return COMPOSITES[op](value, *args, **kwargs)
-        handler = self.rules.get(op)
+        handler, note = self.rules.get(op), self.tally and self.tally(op, args, kwargs)
         out = op(*args, **kwargs) if handler is None else handler(op, *args, **kwargs)
-        if self.tally is not None: self.tally(op, args, kwargs, out)
+        if note: note(out)
         return out
 
-# %% ../nbs/00_core.ipynb #2b386777
+# %% ../nbs/00_core.ipynb #95c5f764
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -108,15 +108,16 @@ def _hook_modules(model, mode):
     hooks = ExitStack()
     for m in model.modules() if isinstance(model, nn.Module) else ():
         handler = mode.rules.get(type(m)) or mode.rules.get(f'{type(m).__module__}.{type(m).__qualname__}')
-        def balance(m, args, out, handler=handler): return handler(out, m, *args) if _here.mode is mode else None
-        if handler: hooks.callback(m.register_forward_hook(balance).remove)
+        def balance(m, args, kwargs, out, handler=handler):
+            return handler(out, m, *args, **kwargs) if _here.mode is mode else None
+        if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 
 @contextmanager
 def libra(
     model=None,    # the model, or any function; it is not changed
     rules='libra', # name of a rule set ('libra', 'plain') or a dictionary of rules
-    tally=None,    # called with every operation, see `Tally`
+    tally=None,    # asked before every operation, see `Tally`
 ):
     "Balanced gradients for everything computed inside the `with` block; the forward pass stays bit for bit the same"
     if getattr(model, 'training', False): raise ValueError('the model is in training mode, where dropout and batch statistics change the answer: call model.eval() first')
@@ -126,7 +127,7 @@ def libra(
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #c5e0b48a
+# %% ../nbs/00_core.ipynb #945c9d3d
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -138,16 +139,21 @@ class Tally:
     "Adds up what the additive constants of a forward pass contribute to the score, during its backward pass"
     def __init__(self): self.total = 0.
 
-    def __call__(self, op, args, kwargs, out):
-        constant = CONSTANTS.get(op)
-        if constant is None or not (isinstance(out, torch.Tensor) and out.requires_grad): return
-        c, where = constant(op, *args, **kwargs), self.where(args, out)
-        if c is not None: out.register_hook(lambda g: self.add(g, c, where))
+    def __call__(self, op, args, kwargs):
+        "Asked before each operation (it may change its arguments); returns what to do with the output"
+        c = CONSTANTS[op](op, *args, **kwargs) if op in CONSTANTS else None
+        if c is None: return None
+        if isinstance(c, torch.Tensor): c = c.nan_to_num(float('nan'), 0., 0.)  # a mask's -inf meets gradient 0; also a copy
+        def note(out):
+            if not out.requires_grad: return
+            where = self.where(args, out)
+            out.register_hook(lambda g: self.add(g, c, where))
+        return note
 
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #0b3a2d0c
+# %% ../nbs/00_core.ipynb #5cb750ae
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -162,7 +168,7 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #d0199f54
+# %% ../nbs/00_core.ipynb #a3d206dc
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):
