@@ -6,21 +6,21 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #0093cec5
+# %% ../nbs/00_core.ipynb #30aec0c6
 import threading
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #687769b5
+# %% ../nbs/00_core.ipynb #e4854ca5
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #3b3a07f9
+# %% ../nbs/00_core.ipynb #398e0b87
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #f7db5224
+# %% ../nbs/00_core.ipynb #0de702a7
 class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, surrogate): return value.detach()
@@ -34,7 +34,7 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #570707ac
+# %% ../nbs/00_core.ipynb #d93ee661
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, x, *gates):
@@ -53,7 +53,7 @@ def scale_backward(
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
     return _Scale.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #f9041f2a
+# %% ../nbs/00_core.ipynb #2c783a81
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -75,7 +75,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #22c942d0
+# %% ../nbs/00_core.ipynb #eddae5f4
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -89,17 +89,17 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.shadowed: return op(*args, **kwargs)
-        args, kwargs = _freeze(args), {k: _freeze(v) for k,v in kwargs.items()}
+        if self.shadowed or op.__name__ == '__set__': return op(*args, **kwargs)  # `p.data = ...` must reach the parameter
         if op in COMPOSITES:
             with torch.no_grad(): value = op(*args, **kwargs)
             with _Mode(self.rules, self.tally): return COMPOSITES[op](value, *args, **kwargs)
+        args, kwargs = _freeze(args), {k: _freeze(v) for k,v in kwargs.items()}
         handler, note = self.rules.get(op), self.tally and self.tally(op, args, kwargs)
         out = op(*args, **kwargs) if handler is None else handler(op, *args, **kwargs)
         if note: note(out)
         return out
 
-# %% ../nbs/00_core.ipynb #95c5f764
+# %% ../nbs/00_core.ipynb #bd61b8dc
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -127,7 +127,7 @@ def libra(
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #945c9d3d
+# %% ../nbs/00_core.ipynb #b906bbea
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -153,7 +153,7 @@ class Tally:
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #5cb750ae
+# %% ../nbs/00_core.ipynb #cc6f7463
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -168,7 +168,7 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #a3d206dc
+# %% ../nbs/00_core.ipynb #6a88d62c
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04_layernorm.ipynb #d6414636
+# %% ../nbs/04_layernorm.ipynb #a4f781ec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import *
 from .affine import at_zero
 
-# %% ../nbs/04_layernorm.ipynb #22677f88
+# %% ../nbs/04_layernorm.ipynb #f2134579
 class _Standardise(torch.autograd.Function):
     "`value`, with the gradient of `(x - x.mean())*const(r)*weight`; r: [*groups, 1]"
     @staticmethod
@@ -31,7 +31,7 @@ def _yardstick(x, eps, centre=True):
     if centre: x = x - x.mean(-1, keepdim=True)
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-# %% ../nbs/04_layernorm.ipynb #7e946d15
+# %% ../nbs/04_layernorm.ipynb #92f0d58e
 @rule('layernorm', F.layer_norm, torch.layer_norm)
 def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *_, **__):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -40,7 +40,7 @@ def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *
     else: value, r = op(x, normalized_shape, weight, bias, eps), _yardstick(x.reshape(*groups, -1), eps)
     return _Standardise.apply(value, input, r.view(*groups, 1), weight)
 
-# %% ../nbs/04_layernorm.ipynb #01b36ad8
+# %% ../nbs/04_layernorm.ipynb #967953e9
 @rule('layernorm', F.rms_norm, torch.rms_norm)
 def _rms_norm(op, input, normalized_shape, weight=None, eps=None):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -53,7 +53,7 @@ def _normalize(op, input, p=2., dim=1, eps=1e-12, **_):
     x = const(input)
     return scale_backward(op(x, p, dim, eps), input, 1/x.norm(p, dim, keepdim=True).clamp_min(eps))
 
-# %% ../nbs/04_layernorm.ipynb #e8e146cc
+# %% ../nbs/04_layernorm.ipynb #2e76f72e
 @rule('layernorm', torch.rsqrt, Tensor.rsqrt, Tensor.rsqrt_, torch.reciprocal, Tensor.reciprocal, Tensor.reciprocal_)
 def _reciprocal(op, input): return op(const(input))
 
@@ -68,7 +68,7 @@ def _divided_by(op, input, other): return op(const(input), other)
 @rule('layernorm', torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_)
 def _plus_quotient(op, input, tensor1, tensor2, **kwargs): return op(input, tensor1, const(tensor2), **kwargs)
 
-# %% ../nbs/04_layernorm.ipynb #1846d3c1
+# %% ../nbs/04_layernorm.ipynb #eb87df63
 @rule('layernorm', F.group_norm, torch.group_norm)
 def _group_norm(op, input, num_groups, weight=None, bias=None, eps=1e-5, *_, **__):
     per_channel = None if weight is None else weight.view(-1, *[1]*(input.ndim - 2))
