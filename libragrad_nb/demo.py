@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['METHODS', 'PAGE', 'FORMAT', 'compare', 'picture', 'write', 'main']
 
-# %% ../nbs/23_demo.ipynb #f9b548d2
+# %% ../nbs/23_demo.ipynb #f0a2bd50
 import argparse, base64, io, os
 from pathlib import Path
 
-# %% ../nbs/23_demo.ipynb #e95c085b
+# %% ../nbs/23_demo.ipynb #a2ba7507
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/23_demo.ipynb #a46acfea
+# %% ../nbs/23_demo.ipynb #df6b0d49
 from .explain import explain, heat
 from .metrics import average_precision, relevance_gain
 from .zoo import EMBEDDED, load, scenes
 
-# %% ../nbs/23_demo.ipynb #7eb7f001
+# %% ../nbs/23_demo.ipynb #64f8554d
 METHODS = ('input_x_gradient', 'fullgrad_plus')
 
 def compare(
@@ -41,7 +41,7 @@ def compare(
                      'SRG': relevance_gain(models[name], images, a.map, target).mean().item()})
     return pd.DataFrame(rows), maps
 
-# %% ../nbs/23_demo.ipynb #8f837b31
+# %% ../nbs/23_demo.ipynb #819bb0a4
 def picture(s, maps, method='fullgrad_plus', n=3):
     "The first `n` scenes: image, and the map of every model with plain and Libra gradients, a row for each digit"
     import matplotlib.pyplot as plt
@@ -57,7 +57,7 @@ def picture(s, maps, method='fullgrad_plus', n=3):
     plt.close(fig)
     return fig
 
-# %% ../nbs/23_demo.ipynb #a4231474
+# %% ../nbs/23_demo.ipynb #b3519fe5
 PAGE = '''<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>libragrad_nb demo</title>
 <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}}img{{max-width:100%;background:#fff}}
 table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;border-bottom:1px solid #8886;text-align:right}}</style>
@@ -78,7 +78,7 @@ def write(s, table, maps, out='demo', method='fullgrad_plus'):
 
 FORMAT = {'completeness error': '{:.1e}'.format, 'AP': '{:.2f}'.format, 'SRG': '{:.2f}'.format}
 
-# %% ../nbs/23_demo.ipynb #94c87e8a
+# %% ../nbs/23_demo.ipynb #3c515496
 def main(args=None):
     "Explain two-digit scenes with the embedded models; `python -m libragrad_nb.demo --help`"
     p = argparse.ArgumentParser(prog='python -m libragrad_nb.demo', description=
@@ -93,5 +93,5 @@ def main(args=None):
     print(table.to_string(index=False, formatters=FORMAT))
     for path in write(s, table, maps, o.out): print('wrote', path)
 
-# %% ../nbs/23_demo.ipynb #a559cea1
+# %% ../nbs/23_demo.ipynb #d2fa5bd5
 if __name__ == '__main__' and '__file__' in globals(): main()
