@@ -46,10 +46,12 @@ def render(cfg):
         if c.cell_type=='markdown': c.source = relink(c.source, cfg.nbs_path)
     nb.cells = [c for c in cells if c.cell_type!='code' or options(c)]
     nb.metadata['language_info'] = {'name': 'python'}
+    alts = iter(re.findall(r'^#\| fig-alt: "(.*)"$', '\n'.join(c.source for c in nbformat.read(cfg.nbs_path/cfg.readme_nb, 4).cells), re.M))
     exporter = MarkdownExporter(config=Config(NbConvertBase={'display_data_priority': SHOWN}))
     body,res = exporter.from_notebook_node(nbformat.reads(nb2str(nb), as_version=4),
                                            resources={'unique_key': 'index', 'output_files_dir': FIGURES})
     for junk in [r'^:::.*\n', r'(?s)<style.*?</style>\s*', r'[ \t]+$', r'\n+(?=\n\n)']: body = re.sub('(?m)'+junk, '', body)
+    body = re.sub(r'!\[(?:png|svg)\]', lambda m: f'![{next(alts, "figure")}]', body)
     text = '\n\n'.join([f"# {meta.get('title', cfg.title)}", f'<!-- Made from {cfg.nbs_path.name}/{cfg.readme_nb}: edit there, then `make export` -->',
                         badges(cfg), meta.get('description', cfg.description), body.strip()])+'\n'
     return {'README.md': text.encode(), **dict(res.get('outputs', {}))}
