@@ -6,21 +6,21 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #30aec0c6
+# %% ../nbs/00_core.ipynb #a1b05709
 import threading
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #e4854ca5
+# %% ../nbs/00_core.ipynb #283e94c8
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #398e0b87
+# %% ../nbs/00_core.ipynb #69831f31
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #0de702a7
+# %% ../nbs/00_core.ipynb #5805afe4
 class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, surrogate): return value.detach()
@@ -34,7 +34,7 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #d93ee661
+# %% ../nbs/00_core.ipynb #c9460892
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, x, *gates):
@@ -53,7 +53,7 @@ def scale_backward(
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
     return _Scale.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #2c783a81
+# %% ../nbs/00_core.ipynb #8415c612
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -75,7 +75,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #eddae5f4
+# %% ../nbs/00_core.ipynb #d1f16419
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -99,7 +99,7 @@ class _Mode(TorchFunctionMode):
         if note: note(out)
         return out
 
-# %% ../nbs/00_core.ipynb #bd61b8dc
+# %% ../nbs/00_core.ipynb #fc343472
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -113,6 +113,7 @@ def _hook_modules(model, mode):
         if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 
+# %% ../nbs/00_core.ipynb #c4235481
 @contextmanager
 def libra(
     model=None,    # the model, or any function; it is not changed
@@ -127,7 +128,7 @@ def libra(
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #b906bbea
+# %% ../nbs/00_core.ipynb #f6ef33ae
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -140,7 +141,7 @@ class Tally:
     def __init__(self): self.total = 0.
 
     def __call__(self, op, args, kwargs):
-        "Asked before each operation (it may change its arguments); returns what to do with the output"
+        "Asked before each operation (which may work in place); returns what to do with the output"
         c = CONSTANTS[op](op, *args, **kwargs) if op in CONSTANTS else None
         if c is None: return None
         if isinstance(c, torch.Tensor): c = c.nan_to_num(float('nan'), 0., 0.)  # a mask's -inf meets gradient 0; also a copy
@@ -153,7 +154,7 @@ class Tally:
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #cc6f7463
+# %% ../nbs/00_core.ipynb #edad8e85
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -168,11 +169,11 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #6a88d62c
+# %% ../nbs/00_core.ipynb #79f7243d
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):
     "Assert that `f` is FG-complete at `x` under `rules`, up to the rounding of its dtype; returns the error"
     e = completeness_error(f, x, v, rules)
-    assert abs(e) <= tolerance[x.dtype], f'not FG-complete: {e:+.2%} of the output is unexplained'
+    assert abs(e) <= tolerance[x.dtype], f'not FG-complete: the account is off by {e:+.2%} of the output'
     return e
