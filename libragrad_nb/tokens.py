@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Layout', 'layout', 'check_images', 'choose']
 
-# %% ../nbs/09_tokens.ipynb #61100eb9
+# %% ../nbs/09_tokens.ipynb #6efcf744
 from dataclasses import dataclass
 
-# %% ../nbs/09_tokens.ipynb #c37829f9
+# %% ../nbs/09_tokens.ipynb #744e0a06
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #522620c7
+# %% ../nbs/09_tokens.ipynb #ebe0ab59
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -30,7 +30,7 @@ class Layout:
             'this model does not keep its tokens as [batch, tokens, channels]')
         return n
 
-# %% ../nbs/09_tokens.ipynb #94a8a2c3
+# %% ../nbs/09_tokens.ipynb #ffab29df
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
@@ -41,7 +41,7 @@ def _blocks(model):
     info = info if isinstance(info, (list, tuple)) else getattr(info, 'info', [])
     return [model.get_submodule(f['module']) for f in info]
 
-# %% ../nbs/09_tokens.ipynb #7ba47b76
+# %% ../nbs/09_tokens.ipynb #b7e333be
 def layout(
     model,
     images:torch.Tensor, # [B, 3, H, W]
@@ -57,9 +57,10 @@ def layout(
     if before is None or isinstance(before, nn.Identity): before = blocks[0]
     return Layout([before, *blocks[1:]], (rows, cols), getattr(model, 'num_prefix_tokens', 0))
 
-# %% ../nbs/09_tokens.ipynb #ac4ec329
+# %% ../nbs/09_tokens.ipynb #4bab0025
 def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
+    if not isinstance(model, nn.Module): raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
     if not isinstance(images, torch.Tensor): raise TypeError(
         f'images must be a torch tensor [B, 3, H, W], not {type(images).__name__}: apply the transform of the model first')
     if images.ndim != 4: raise ValueError(
@@ -71,11 +72,12 @@ def check_images(model, images):
     _check_model(model, images)
     _check_size(_patch_embedding(model), images)
 
-# %% ../nbs/09_tokens.ipynb #f057806c
+# %% ../nbs/09_tokens.ipynb #d12bcb3e
 def _check_model(model, images):
     "Mode, device and dtype of the model against the images"
-    if getattr(model, 'training', False): raise ValueError(
-        'the model is in training mode, where dropout and batch statistics change the answer: call model.eval() first')
+    training = [name for name, m in model.named_modules() if m.training]
+    if training: raise ValueError(f'the model is in training mode ({training[0] or "all of it"}), '
+                                  'where dropout and batch statistics change the answer: call model.eval() first')
     p = next(model.parameters(), images)
     if p.device != images.device: raise ValueError(
         f'the model is on {p.device} and the images are on {images.device}: move one with .to({str(p.device)!r})')
@@ -83,7 +85,7 @@ def _check_model(model, images):
     if p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {images.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #6993bc57
+# %% ../nbs/09_tokens.ipynb #5ee9181e
 def _check_size(embed, images):
     "Channels and size against what the patch embedding takes"
     channels = getattr(getattr(embed, 'proj', None), 'in_channels', images.shape[1])
@@ -93,7 +95,7 @@ def _check_size(embed, images):
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #5a2f89c7
+# %% ../nbs/09_tokens.ipynb #1d4a9e74
 def choose(
     output,       # what the model returned: [B, classes], or an object with such `.logits`
     target=None,  # None (predicted class), int, one class per image, or a function of the output
@@ -113,7 +115,7 @@ def choose(
     score = output.softmax(-1) if of=='probability' else output
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #94e2a024
+# %% ../nbs/09_tokens.ipynb #b6824ab9
 def _classes(output, target):
     "Target classes [B], checked"
     if target is None: return output.argmax(-1)

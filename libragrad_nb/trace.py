@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['token_axis', 'per_image', 'TokenTally', 'listen', 'Trace', 'trace']
 
-# %% ../nbs/10_trace.ipynb #9489fa02
+# %% ../nbs/10_trace.ipynb #8c76ced3
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #c8ec395e
+# %% ../nbs/10_trace.ipynb #c5891a25
 import torch
 
-# %% ../nbs/10_trace.ipynb #5ba6533d
+# %% ../nbs/10_trace.ipynb #ca0cfac1
 from .core import Tally, libra
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, check_images, choose, layout
 
-# %% ../nbs/10_trace.ipynb #72684e5a
+# %% ../nbs/10_trace.ipynb #f8a1465c
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -31,7 +31,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #c2fd4f04
+# %% ../nbs/10_trace.ipynb #7aa8c121
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -39,7 +39,7 @@ def per_image(part, batch):
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #bb8be0d9
+# %% ../nbs/10_trace.ipynb #46946d3d
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
@@ -64,7 +64,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(self.states, self.batch, self.n)
         self.constants, self.unplaced = new(self.states + 1, self.batch, self.n), new(self.states + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #9e060ea2
+# %% ../nbs/10_trace.ipynb #ba797b93
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -77,7 +77,7 @@ def listen(tally:TokenTally):
         for stage in tally.plan.stages: undo.callback(stage.register_forward_pre_hook(meet).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #0ae0e984
+# %% ../nbs/10_trace.ipynb #4bd980c7
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -101,7 +101,7 @@ class Trace:
         placed, unplaced = self.constants_from(block)
         return self.score - self.input_x_gradient[block].sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #af787a39
+# %% ../nbs/10_trace.ipynb #30e51d90
 def trace(
     model,
     images:torch.Tensor, # [B, 3, H, W], as the model takes them
@@ -119,13 +119,17 @@ def trace(
         scores = [choose(output, t, of) for t in targets]
         return [_backward(x, plan, tally, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #d44dcdba
+# %% ../nbs/10_trace.ipynb #f962b600
 def _backward(x, plan, tally, score, target, last, rules):
     if not score.requires_grad or not tally.states: raise ValueError(
         'no operation of the model lets a gradient through from its output to the images: it may be scripted, quantised, or run under torch.no_grad inside')
     if not score.isfinite().all(): raise ValueError(
         f'the model returned {score.tolist()} as score: its weights or its precision are broken')
     tally.clear(x)
-    g, = torch.autograd.grad(score.sum(), x, retain_graph=not last)
+    try: g, = torch.autograd.grad(score.sum(), x, retain_graph=not last)
+    except RuntimeError as e:
+        if 'checkpoint' not in str(e): raise
+        raise ValueError('the model recomputes its blocks in the backward pass, where the rules are off: '
+                         'turn that off, e.g. with model.set_grad_checkpointing(False)') from e
     return Trace(score.detach().to(tally.dtype), target, tally.input_x_gradient, tally.constants, tally.unplaced,
                  (g*x).detach().sum(1), x.detach(), plan.grid, tally.prefix, rules if isinstance(rules, str) else 'custom')

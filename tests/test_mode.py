@@ -1,7 +1,7 @@
 "What is no lesson about the mode: compilation, threads, in-place operations, leaving no trace"
 import threading
 
-import pytest, torch
+import pytest, torch, torch.utils.checkpoint
 
 from libragrad_nb.core import completeness_error, libra
 from libragrad_nb.explain import explain
@@ -95,3 +95,18 @@ def test_module_rules_take_keyword_inputs():
     m = Double().eval()
     with libra(m, rules={Double: lambda out, module, input: seen.append(input) or out}): m(input=x)
     assert len(seen) == 1 and seen[0] is x
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_checkpointed_blocks_are_refused(x, reentrant):
+    "Their second forward pass would run without the rules"
+    model = load('vit_digits')
+    forward = model.blocks.forward
+    model.blocks.forward = lambda h: torch.utils.checkpoint.checkpoint(forward, h, use_reentrant=reentrant)
+    with pytest.raises(ValueError, match='set_grad_checkpointing'): explain(model, x.detach())
+
+
+def test_a_part_in_training_mode_is_refused(vit, x):
+    model = load('vit_digits')
+    model.blocks[2].mlp.train()
+    with pytest.raises(ValueError, match='blocks.2.mlp'): explain(model, x.detach())
