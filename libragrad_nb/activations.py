@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gated', 'secant_gate']
 
-# %% ../nbs/02_gated_activations.ipynb #a3ca51c5
+# %% ../nbs/02_gated_activations.ipynb #5e3668d3
 import math
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from .core import *
 from .affine import at_zero, depends
 
-# %% ../nbs/02_gated_activations.ipynb #29795719
+# %% ../nbs/02_gated_activations.ipynb #06634b0a
 def gated(
     op,           # an elementwise operation; it may work in place
     input:Tensor, # its first argument
@@ -27,7 +27,7 @@ def gated(
     input.mul_(gate).detach().copy_(value) # show autograd the product, then put the stock value back
     return input
 
-# %% ../nbs/02_gated_activations.ipynb #c97625ae
+# %% ../nbs/02_gated_activations.ipynb #d6eabddf
 @rule('activations', F.gelu)
 def _gelu(op, input, approximate='none'):
     x = const(input)
@@ -38,7 +38,7 @@ def _gelu(op, input, approximate='none'):
 @rule('activations', F.silu)
 def _silu(op, input, inplace=False): return gated(op, input, const(input).sigmoid(), inplace=inplace)
 
-# %% ../nbs/02_gated_activations.ipynb #1b984e3a
+# %% ../nbs/02_gated_activations.ipynb #6c10b520
 def secant_gate(
     s,        # an elementwise function
     x:Tensor, # where
@@ -48,7 +48,7 @@ def secant_gate(
     t = t.abs().clamp_min(torch.finfo(t.dtype).eps**.5).copysign(t)
     return ((s(t) - s(t.new_zeros(())))/t).to(x.dtype)
 
-# %% ../nbs/02_gated_activations.ipynb #338b85d7
+# %% ../nbs/02_gated_activations.ipynb #10997ece
 _elementwise = (torch.tanh, Tensor.tanh, Tensor.tanh_, F.mish, F.hardswish, F.elu, F.selu, F.celu, F.relu6, F.hardtanh, F.softsign,
     F.tanhshrink, F.softshrink, F.softplus, F.logsigmoid, torch.clamp, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip)
 
@@ -61,7 +61,7 @@ def _secant(op, input, *args, **kwargs):
 @additive(*_elementwise)
 def _at_zero(op, input, *args, **kwargs): return at_zero(op, input.new_zeros(()), *args, **kwargs)
 
-# %% ../nbs/02_gated_activations.ipynb #71dd07e1
+# %% ../nbs/02_gated_activations.ipynb #1f12690b
 @rule('activations', torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, torch.special.expit, F.hardsigmoid,
       torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr)
 def _gate(op, input, *args, **kwargs): return op(const(input), *args, **kwargs)
@@ -71,7 +71,7 @@ def _glu(op, input, dim=-1):
     a, b = input.chunk(2, dim)
     return swap_backward(op(const(input), dim), a*const(b).sigmoid())
 
-# %% ../nbs/02_gated_activations.ipynb #371be8bd
+# %% ../nbs/02_gated_activations.ipynb #d61a9391
 _formulas = '''transformers.activations.NewGELUActivation transformers.activations.FastGELUActivation
     transformers.activations.AccurateGELUActivation transformers.activations.GELUTanh
     transformers.models.bloom.modeling_bloom.BloomGelu timm.layers.activations.Mish timm.layers.activations.HardSwish

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['fused_attention', 'softmax_gate', 'exp_gate_in_place', 'multi_head_attention']
 
-# %% ../nbs/03_attention.ipynb #80aafc6e
+# %% ../nbs/03_attention.ipynb #ccdb7a43
 import torch
 import torch.nn.functional as F
 from .core import *
 
-# %% ../nbs/03_attention.ipynb #42d086f2
+# %% ../nbs/03_attention.ipynb #4fcc15ee
 @rule('attention', F.scaled_dot_product_attention)
 def fused_attention(op, query, key, value, attn_mask=None, *args, **kwargs):
     "Queries, keys and mask held constant, and with them the attention matrix"
     if attn_mask is not None: attn_mask = const(attn_mask)
     return op(const(query), const(key), value, attn_mask, *args, **kwargs)
 
-# %% ../nbs/03_attention.ipynb #1bd64cd6
+# %% ../nbs/03_attention.ipynb #b5f9b5b4
 @rule('attention', torch.softmax, torch.Tensor.softmax, F.softmax, F.softmin, torch.exp, torch.Tensor.exp)
 def softmax_gate(op, input, *args, **kwargs):
     "Attention weights are gates: no gradient"
@@ -28,7 +28,7 @@ def exp_gate_in_place(op, input):
     "The same where the logits are overwritten"
     return op(input).detach_()
 
-# %% ../nbs/03_attention.ipynb #02ee1037
+# %% ../nbs/03_attention.ipynb #21939e49
 def _mask(attn_mask, key_padding_mask, B, H, dtype, extra):
     "What is added to the logits [B, H, N, M], from masks [N, M] or [B*H, N, M] and [B, M] or [M]; None without masks"
     masks = []
@@ -38,7 +38,7 @@ def _mask(attn_mask, key_padding_mask, B, H, dtype, extra):
         if not m.is_floating_point(): masks[i] = torch.zeros_like(m, dtype=dtype).masked_fill(m, -torch.inf)
     return F.pad(sum(masks), (0, extra)) if masks else None
 
-# %% ../nbs/03_attention.ipynb #1f2bb8e6
+# %% ../nbs/03_attention.ipynb #db902b45
 def multi_head_attention(
     stock,                 # what torch returns: output, and weights or None
     query, key, value,     # [N, B, C] and [M, B, C], or without B

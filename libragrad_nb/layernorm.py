@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04_layernorm.ipynb #788fb8e7
+# %% ../nbs/04_layernorm.ipynb #d8389f9c
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import *
 from .affine import at_zero
 
-# %% ../nbs/04_layernorm.ipynb #63a81ce4
+# %% ../nbs/04_layernorm.ipynb #aede588b
 class _Standardise(torch.autograd.Function):
     "`value`, with the gradient of `(x - x.mean())*const(r)*weight`; r: [*groups, 1]"
     @staticmethod
@@ -31,7 +31,7 @@ def _yardstick(x, eps, centre=True):
     if centre: x = x - x.mean(-1, keepdim=True)
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-# %% ../nbs/04_layernorm.ipynb #3480d721
+# %% ../nbs/04_layernorm.ipynb #e56c84ed
 @rule('layernorm', F.layer_norm, torch.layer_norm)
 def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *_, **__):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -40,7 +40,7 @@ def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *
     else: value, r = op(x, normalized_shape, weight, bias, eps), _yardstick(x.reshape(*groups, -1), eps)
     return _Standardise.apply(value, input, r.view(*groups, 1), weight)
 
-# %% ../nbs/04_layernorm.ipynb #d99fd360
+# %% ../nbs/04_layernorm.ipynb #317a1ed4
 @rule('layernorm', F.rms_norm, torch.rms_norm)
 def _rms_norm(op, input, normalized_shape, weight=None, eps=None):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -53,7 +53,7 @@ def _normalize(op, input, p=2., dim=1, eps=1e-12, **_):
     x = const(input)
     return scale_backward(op(x, p, dim, eps), input, 1/x.norm(p, dim, keepdim=True).clamp_min(eps))
 
-# %% ../nbs/04_layernorm.ipynb #42efb8f6
+# %% ../nbs/04_layernorm.ipynb #a4c587da
 @rule('layernorm', torch.rsqrt, Tensor.rsqrt, Tensor.rsqrt_, torch.reciprocal, Tensor.reciprocal, Tensor.reciprocal_)
 def _reciprocal(op, input): return op(const(input))
 
@@ -68,7 +68,7 @@ def _divided_by(op, input, other): return op(const(input), other)
 @rule('layernorm', torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_)
 def _plus_quotient(op, input, tensor1, tensor2, **kwargs): return op(input, tensor1, const(tensor2), **kwargs)
 
-# %% ../nbs/04_layernorm.ipynb #0e55683e
+# %% ../nbs/04_layernorm.ipynb #ccd6b758
 @rule('layernorm', F.group_norm, torch.group_norm)
 def _group_norm(op, input, num_groups, weight=None, bias=None, eps=1e-5, *_, **__):
     per_channel = None if weight is None else weight.view(-1, *[1]*(input.ndim - 2))
