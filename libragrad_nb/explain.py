@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #26949a0d
+# %% ../nbs/16_explain.ipynb #bbfd43b9
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #385c3268
+# %% ../nbs/16_explain.ipynb #12f5266b
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #a2eda3b6
+# %% ../nbs/16_explain.ipynb #5d2dcd4f
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #64b53507
+# %% ../nbs/16_explain.ipynb #60e3dd0e
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -48,7 +48,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #206ba6a1
+# %% ../nbs/16_explain.ipynb #ff6018a4
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -59,7 +59,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #3cf2698d
+# %% ../nbs/16_explain.ipynb #2e7bec2c
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -77,7 +77,7 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #7e0ff376
+# %% ../nbs/16_explain.ipynb #4f0b161b
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=100)
@@ -91,7 +91,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #92563e31
+# %% ../nbs/16_explain.ipynb #07cd3bf5
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -107,7 +107,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #798a7491
+# %% ../nbs/16_explain.ipynb #5f900fe3
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names; [B, H, W, 3] in [0, 1]"
     cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -117,7 +117,7 @@ def _rgb(model, images):
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low)/(high - low).clamp_min(1e-6)
 
-# %% ../nbs/16_explain.ipynb #02c0b464
+# %% ../nbs/16_explain.ipynb #4ebc240c
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     tokens, unplaced = methods[method](t)
@@ -127,7 +127,7 @@ def attribute(model, t:Trace, method:str)->Attribution:
     return Attribution(grid, tokens[:, :t.prefix], unplaced, t.score, t.target, t.completeness_error(),
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #529e1725
+# %% ../nbs/16_explain.ipynb #65f0a7c6
 def explain(
     model,                # a timm ViT or Mixer in evaluation mode; it is not changed
     images:torch.Tensor,  # [B, 3, H, W], transformed as the model expects
@@ -144,7 +144,7 @@ def explain(
     out = [attribute(model, t, method) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #62ce29be
+# %% ../nbs/16_explain.ipynb #f03a6fb6
 def _warn_incomplete(traces):
     "Say so when the rules do not cover a model"
     x = traces[0].images
