@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Layout', 'layout', 'check_images', 'choose']
 
-# %% ../nbs/09_tokens.ipynb #6efcf744
+# %% ../nbs/09_tokens.ipynb #bf7c51b8
 from dataclasses import dataclass
 
-# %% ../nbs/09_tokens.ipynb #744e0a06
+# %% ../nbs/09_tokens.ipynb #b8fe92ff
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #ebe0ab59
+# %% ../nbs/09_tokens.ipynb #92d53ac7
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -30,7 +30,7 @@ class Layout:
             'this model does not keep its tokens as [batch, tokens, channels]')
         return n
 
-# %% ../nbs/09_tokens.ipynb #ffab29df
+# %% ../nbs/09_tokens.ipynb #7946806a
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
@@ -39,9 +39,10 @@ def _patch_embedding(model):
 def _blocks(model):
     info = getattr(model, 'feature_info', None)
     info = info if isinstance(info, (list, tuple)) else getattr(info, 'info', [])
-    return [model.get_submodule(f['module']) for f in info]
+    try: return [model.get_submodule(f['module']) for f in info]
+    except AttributeError: return []  # some models list features that are no modules of theirs
 
-# %% ../nbs/09_tokens.ipynb #b7e333be
+# %% ../nbs/09_tokens.ipynb #faba0135
 def layout(
     model,
     images:torch.Tensor, # [B, 3, H, W]
@@ -57,7 +58,7 @@ def layout(
     if before is None or isinstance(before, nn.Identity): before = blocks[0]
     return Layout([before, *blocks[1:]], (rows, cols), getattr(model, 'num_prefix_tokens', 0))
 
-# %% ../nbs/09_tokens.ipynb #4bab0025
+# %% ../nbs/09_tokens.ipynb #a148e8d6
 def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module): raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
@@ -72,7 +73,7 @@ def check_images(model, images):
     _check_model(model, images)
     _check_size(_patch_embedding(model), images)
 
-# %% ../nbs/09_tokens.ipynb #d12bcb3e
+# %% ../nbs/09_tokens.ipynb #85f2ed17
 def _check_model(model, images):
     "Mode, device and dtype of the model against the images"
     training = [name for name, m in model.named_modules() if m.training]
@@ -85,7 +86,7 @@ def _check_model(model, images):
     if p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {images.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #5ee9181e
+# %% ../nbs/09_tokens.ipynb #71ddad4e
 def _check_size(embed, images):
     "Channels and size against what the patch embedding takes"
     channels = getattr(getattr(embed, 'proj', None), 'in_channels', images.shape[1])
@@ -95,7 +96,7 @@ def _check_size(embed, images):
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #1d4a9e74
+# %% ../nbs/09_tokens.ipynb #fbde5a5d
 def choose(
     output,       # what the model returned: [B, classes], or an object with such `.logits`
     target=None,  # None (predicted class), int, one class per image, or a function of the output
@@ -115,7 +116,7 @@ def choose(
     score = output.softmax(-1) if of=='probability' else output
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #b6824ab9
+# %% ../nbs/09_tokens.ipynb #b9049461
 def _classes(output, target):
     "Target classes [B], checked"
     if target is None: return output.argmax(-1)

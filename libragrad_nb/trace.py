@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['token_axis', 'per_image', 'TokenTally', 'listen', 'Trace', 'trace']
 
-# %% ../nbs/10_trace.ipynb #8c76ced3
+# %% ../nbs/10_trace.ipynb #1b2e666b
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #c5891a25
+# %% ../nbs/10_trace.ipynb #4361ccf5
 import torch
 
-# %% ../nbs/10_trace.ipynb #ca0cfac1
+# %% ../nbs/10_trace.ipynb #06a7e796
 from .core import Tally, libra
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, check_images, choose, layout
 
-# %% ../nbs/10_trace.ipynb #f8a1465c
+# %% ../nbs/10_trace.ipynb #6e1a5d51
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -31,7 +31,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #7aa8c121
+# %% ../nbs/10_trace.ipynb #52ebd01d
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -39,7 +39,7 @@ def per_image(part, batch):
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #46946d3d
+# %% ../nbs/10_trace.ipynb #657db3a5
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
@@ -64,7 +64,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(self.states, self.batch, self.n)
         self.constants, self.unplaced = new(self.states + 1, self.batch, self.n), new(self.states + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #ba797b93
+# %% ../nbs/10_trace.ipynb #5823c97c
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -77,7 +77,7 @@ def listen(tally:TokenTally):
         for stage in tally.plan.stages: undo.callback(stage.register_forward_pre_hook(meet).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #4bd980c7
+# %% ../nbs/10_trace.ipynb #872a4d65
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -101,7 +101,7 @@ class Trace:
         placed, unplaced = self.constants_from(block)
         return self.score - self.input_x_gradient[block].sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #30e51d90
+# %% ../nbs/10_trace.ipynb #649ecd86
 def trace(
     model,
     images:torch.Tensor, # [B, 3, H, W], as the model takes them
@@ -119,7 +119,7 @@ def trace(
         scores = [choose(output, t, of) for t in targets]
         return [_backward(x, plan, tally, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #f962b600
+# %% ../nbs/10_trace.ipynb #4179111c
 def _backward(x, plan, tally, score, target, last, rules):
     if not score.requires_grad or not tally.states: raise ValueError(
         'no operation of the model lets a gradient through from its output to the images: it may be scripted, quantised, or run under torch.no_grad inside')
