@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #bbfd43b9
+# %% ../nbs/16_explain.ipynb #1ac7a205
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #12f5266b
+# %% ../nbs/16_explain.ipynb #2c8aac72
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #5d2dcd4f
+# %% ../nbs/16_explain.ipynb #2276783b
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #60e3dd0e
+# %% ../nbs/16_explain.ipynb #2c0ab208
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -28,7 +28,7 @@ class Attribution:
     unplaced:torch.Tensor           # [B] constants that this method gives no place
     score:torch.Tensor              # [B] what is explained
     target:torch.Tensor             # [B] classes, or None for a function
-    completeness_error:torch.Tensor # [B] what the pass leaves unexplained of the score
+    completeness_error:torch.Tensor # [B] score minus all of the above: what has no owner
     additive:torch.Tensor           # [B] what all additive constants after the embedding contribute
     rgb:torch.Tensor                # [B, H, W, 3] the images, in [0, 1]
     method:str
@@ -48,18 +48,18 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #ff6018a4
+# %% ../nbs/16_explain.ipynb #92ee1712
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
-    grey = rgb.mean(-1)*.55 + .4
-    fine = F.interpolate(values[None, None].float(), rgb.shape[:2], mode='bicubic')[0, 0].clamp(-limit, limit)
+    grey = (rgb.mean(-1)*.55 + .4).numpy()
+    fine = F.interpolate(values[None, None].float().cpu(), rgb.shape[:2], mode='bicubic')[0, 0].clamp(-limit, limit).numpy()
     ax.imshow(grey, cmap='gray', vmin=0, vmax=1)
-    drawn = ax.imshow(fine, cmap=cmap, vmin=-limit, vmax=limit, alpha=(fine.abs()/limit).sqrt().numpy())
+    drawn = ax.imshow(fine, cmap=cmap, vmin=-limit, vmax=limit, alpha=np.sqrt(np.abs(fine)/limit))
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #2e7bec2c
+# %% ../nbs/16_explain.ipynb #fd50ef24
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -77,7 +77,7 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #4f0b161b
+# %% ../nbs/16_explain.ipynb #58c756da
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=100)
@@ -91,7 +91,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #07cd3bf5
+# %% ../nbs/16_explain.ipynb #c5ddc9da
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -107,7 +107,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #5f900fe3
+# %% ../nbs/16_explain.ipynb #22b3546f
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names; [B, H, W, 3] in [0, 1]"
     cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -117,17 +117,18 @@ def _rgb(model, images):
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low)/(high - low).clamp_min(1e-6)
 
-# %% ../nbs/16_explain.ipynb #4ebc240c
+# %% ../nbs/16_explain.ipynb #4d5bfde4
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     tokens, unplaced = methods[method](t)
     placed, rest = t.constants_from()
     grid = tokens[:, t.prefix:].reshape(len(tokens), *t.grid)
     if not grid.any(): warnings.warn(f'the {method} map is zero everywhere: the score does not depend on the patches', stacklevel=3)
-    return Attribution(grid, tokens[:, :t.prefix], unplaced, t.score, t.target, t.completeness_error(),
+    return Attribution(grid, tokens[:, :t.prefix], unplaced, t.score, t.target,
+                       t.score - tokens.sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #65f0a7c6
+# %% ../nbs/16_explain.ipynb #668f17bc
 def explain(
     model,                # a timm ViT or Mixer in evaluation mode; it is not changed
     images:torch.Tensor,  # [B, 3, H, W], transformed as the model expects
@@ -140,17 +141,19 @@ def explain(
     if method not in methods: raise ValueError(f'unknown method {method!r}: choose one of {", ".join(methods)}')
     rule_set(rules)
     traces = trace(model, images, target, rules, of)
-    if rules == 'libra' and of == 'logit': _warn_incomplete(traces)
+    if rule_set(rules) and of == 'logit': _warn_incomplete(traces)
     out = [attribute(model, t, method) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #f03a6fb6
+# %% ../nbs/16_explain.ipynb #158504e0
 def _warn_incomplete(traces):
     "Say so when the rules do not cover a model"
     x = traces[0].images
     low = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
-    def lost(t): return (t.completeness_error().abs()/torch.maximum(t.score.abs(), t.input_x_gradient[0].abs().sum(-1))).max().item()
+    def lost(t):
+        size = torch.maximum(t.score.abs(), t.input_x_gradient[0].abs().sum(-1))
+        return max((t.completeness_error(block).abs()/size).max().item() for block in range(len(t.input_x_gradient)))
     worst = max(map(lost, traces))
     if worst > (.1 if low else 1e-3): warnings.warn(
-        f'{worst:.1%} of the attribution has no owner: the model uses an operation without a balanced rule, so the map is no account of the score. '
+        f'{worst:.1%} of the attribution has no owner: the model, or the target function, uses an operation without a balanced rule. '
         'Add a rule with libragrad_nb.core.rule, or pass rules="plain" if you want the plain gradient', stacklevel=3)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Layout', 'layout', 'check_images', 'choose']
 
-# %% ../nbs/09_tokens.ipynb #bf7c51b8
+# %% ../nbs/09_tokens.ipynb #a8d51e9f
 from dataclasses import dataclass
 
-# %% ../nbs/09_tokens.ipynb #b8fe92ff
+# %% ../nbs/09_tokens.ipynb #1f471b46
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #92d53ac7
+# %% ../nbs/09_tokens.ipynb #a5a015c7
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -30,7 +30,7 @@ class Layout:
             'this model does not keep its tokens as [batch, tokens, channels]')
         return n
 
-# %% ../nbs/09_tokens.ipynb #7946806a
+# %% ../nbs/09_tokens.ipynb #bcd77155
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
@@ -42,7 +42,7 @@ def _blocks(model):
     try: return [model.get_submodule(f['module']) for f in info]
     except AttributeError: return []  # some models list features that are no modules of theirs
 
-# %% ../nbs/09_tokens.ipynb #faba0135
+# %% ../nbs/09_tokens.ipynb #bf3eec53
 def layout(
     model,
     images:torch.Tensor, # [B, 3, H, W]
@@ -58,7 +58,7 @@ def layout(
     if before is None or isinstance(before, nn.Identity): before = blocks[0]
     return Layout([before, *blocks[1:]], (rows, cols), getattr(model, 'num_prefix_tokens', 0))
 
-# %% ../nbs/09_tokens.ipynb #a148e8d6
+# %% ../nbs/09_tokens.ipynb #65c13fae
 def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module): raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
@@ -73,7 +73,7 @@ def check_images(model, images):
     _check_model(model, images)
     _check_size(_patch_embedding(model), images)
 
-# %% ../nbs/09_tokens.ipynb #85f2ed17
+# %% ../nbs/09_tokens.ipynb #1fbafa3f
 def _check_model(model, images):
     "Mode, device and dtype of the model against the images"
     training = [name for name, m in model.named_modules() if m.training]
@@ -86,17 +86,17 @@ def _check_model(model, images):
     if p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {images.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #71ddad4e
+# %% ../nbs/09_tokens.ipynb #a4444cc9
 def _check_size(embed, images):
     "Channels and size against what the patch embedding takes"
     channels = getattr(getattr(embed, 'proj', None), 'in_channels', images.shape[1])
-    if images.shape[1] != channels: raise ValueError(f'images have {images.shape[1]} channels and the model takes {channels}')
+    if images.shape[1] != channels and not hasattr(embed, 'backbone'): raise ValueError(f'images have {images.shape[1]} channels and the model takes {channels}')
     size, strict = getattr(embed, 'img_size', None), getattr(embed, 'strict_img_size', True)
     if size and strict and tuple(size) != tuple(images.shape[-2:]): raise ValueError(
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #fbde5a5d
+# %% ../nbs/09_tokens.ipynb #2d6a4b2b
 def choose(
     output,       # what the model returned: [B, classes], or an object with such `.logits`
     target=None,  # None (predicted class), int, one class per image, or a function of the output
@@ -105,6 +105,7 @@ def choose(
     "The score to explain"
     if of not in ('logit', 'probability'): raise ValueError(f"unknown score {of!r}: choose 'logit' or 'probability'")
     if callable(target):
+        if of != 'logit': raise ValueError("of='probability' is for classes: let the target function take the softmax itself")
         score = target(output)
         if not isinstance(score, torch.Tensor) or score.ndim != 1: raise ValueError(
             f'the target function must return one score an image, a tensor [B], not {getattr(score, "shape", type(score).__name__)}')
@@ -116,7 +117,7 @@ def choose(
     score = output.softmax(-1) if of=='probability' else output
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #b9049461
+# %% ../nbs/09_tokens.ipynb #d5fa75d2
 def _classes(output, target):
     "Target classes [B], checked"
     if target is None: return output.argmax(-1)

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['token_axis', 'per_image', 'TokenTally', 'listen', 'Trace', 'trace']
 
-# %% ../nbs/10_trace.ipynb #1b2e666b
+# %% ../nbs/10_trace.ipynb #afbccfd6
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #4361ccf5
+# %% ../nbs/10_trace.ipynb #78b0f603
 import torch
 
-# %% ../nbs/10_trace.ipynb #06a7e796
+# %% ../nbs/10_trace.ipynb #67b70a1f
 from .core import Tally, libra
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, check_images, choose, layout
 
-# %% ../nbs/10_trace.ipynb #6e1a5d51
+# %% ../nbs/10_trace.ipynb #86e51d2f
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -31,24 +31,25 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #52ebd01d
+# %% ../nbs/10_trace.ipynb #ab123f76
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
-    if part.shape[0] % batch: raise NotImplementedError(
+    if part.shape[0] != batch and (part.shape[0] % batch or batch in part.shape[1:]): raise NotImplementedError(
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #657db3a5
+# %% ../nbs/10_trace.ipynb #a3959ee4
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
         self.batch, self.plan, self.thread = batch, plan, threading.get_ident()
-        self.states, self.prefix, self.n = 0, 0, None
+        self.states, self.prefix, self.n, self.channels = 0, 0, None, None
 
     def where(self, args, out):
         before = args[0].shape if args and isinstance(args[0], torch.Tensor) else None
-        return self.states, token_axis(out.shape, self.n, before) if out.ndim and len(out) == self.batch else None
+        certain = out.ndim and len(out) == self.batch and self.n != self.channels
+        return self.states, token_axis(out.shape, self.n, before) if certain else None
 
     def add(self, g, c, where):
         (stage, axis), part = where, g.to(self.dtype)*c
@@ -64,20 +65,21 @@ class TokenTally(Tally):
         self.input_x_gradient = new(self.states, self.batch, self.n)
         self.constants, self.unplaced = new(self.states + 1, self.batch, self.n), new(self.states + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #5823c97c
+# %% ../nbs/10_trace.ipynb #2d181309
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
     def meet(module, args):
         if threading.get_ident() != tally.thread or not args[0].requires_grad: return
-        h, i = args[0].detach(), tally.states
-        tally.prefix, tally.n, tally.states = tally.plan.count_prefix(h.shape), h.shape[1], i + 1
+        h, i = args[0].detach().clone(), tally.states  # a copy: blocks may work in place
+        tally.prefix, tally.states = tally.plan.count_prefix(h.shape), i + 1
+        _, tally.n, tally.channels = h.shape
         args[0].register_hook(lambda g: tally.note(g, h, i))
     with ExitStack() as undo:
         for stage in tally.plan.stages: undo.callback(stage.register_forward_pre_hook(meet).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #872a4d65
+# %% ../nbs/10_trace.ipynb #99d4b569
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -101,7 +103,7 @@ class Trace:
         placed, unplaced = self.constants_from(block)
         return self.score - self.input_x_gradient[block].sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #649ecd86
+# %% ../nbs/10_trace.ipynb #d49b2c6f
 def trace(
     model,
     images:torch.Tensor, # [B, 3, H, W], as the model takes them
@@ -116,13 +118,14 @@ def trace(
     with torch.inference_mode(False), torch.enable_grad():
         x, plan = images.detach().clone().requires_grad_(), layout(model, images)
         with listen(TokenTally(len(x), plan)) as tally, libra(model, rules, tally): output = model(x)
-        scores = [choose(output, t, of) for t in targets]
+        with libra(rules='plain'): scores = [choose(output, t, of) for t in targets]  # also inside a `libra` of the caller
         return [_backward(x, plan, tally, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #4179111c
+# %% ../nbs/10_trace.ipynb #903eb594
 def _backward(x, plan, tally, score, target, last, rules):
     if not score.requires_grad or not tally.states: raise ValueError(
         'no operation of the model lets a gradient through from its output to the images: it may be scripted, quantised, or run under torch.no_grad inside')
+    if len(score) != len(x): raise ValueError(f'the target function returned {len(score)} scores for {len(x)} images')
     if not score.isfinite().all(): raise ValueError(
         f'the model returned {score.tolist()} as score: its weights or its precision are broken')
     tally.clear(x)

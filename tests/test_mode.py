@@ -110,3 +110,32 @@ def test_a_part_in_training_mode_is_refused(vit, x):
     model = load('vit_digits')
     model.blocks[2].mlp.train()
     with pytest.raises(ValueError, match='blocks.2.mlp'): explain(model, x.detach())
+
+
+def test_an_account_inside_the_callers_own_libra(vit, x):
+    def product(o): return o[:, 3]*o[:, 2]
+    outside = explain(vit, x.detach(), target=product).map
+    with libra(vit): inside = explain(vit, x.detach(), target=product).map
+    assert torch.equal(inside, outside)
+
+
+def test_blocks_that_work_in_place():
+    model = load('vit_digits')
+    for block in model.blocks: block.forward = lambda h, block=block: h.add_(block.mlp(block.norm2(h)))
+    a = explain(model, scenes(2).images)
+    assert (a.completeness_error.abs() < 1e-4*a.score.abs().clamp_min(1)).all()
+
+
+def test_wrong_number_of_scores(vit, x):
+    with pytest.raises(ValueError, match='1 scores for 2 images'): explain(vit, x.detach(), target=lambda o: o[:, 3].sum()[None])
+
+
+def test_as_many_channels_as_tokens_places_nothing():
+    from timm.models.mlp_mixer import MlpMixer
+    torch.manual_seed(0)
+    model = MlpMixer(img_size=64, patch_size=8, embed_dim=64, num_blocks=2, num_classes=10).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.1)
+    a = explain(model, scenes(2).images, method='fullgrad')
+    b = explain(model, scenes(2).images, method='input_x_gradient')
+    torch.testing.assert_close(a.map, b.map)
+    assert (a.completeness_error.abs() < 1e-4*a.score.abs()).all()
