@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #1ac7a205
+# %% ../nbs/16_explain.ipynb #35c57364
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #2c8aac72
+# %% ../nbs/16_explain.ipynb #ae2f67b8
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #2276783b
+# %% ../nbs/16_explain.ipynb #b6e49793
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #2c0ab208
+# %% ../nbs/16_explain.ipynb #19e87a04
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -48,7 +48,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #92ee1712
+# %% ../nbs/16_explain.ipynb #ff5369c6
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -59,7 +59,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #fd50ef24
+# %% ../nbs/16_explain.ipynb #24f7e1d6
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -77,10 +77,10 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #58c756da
+# %% ../nbs/16_explain.ipynb #71eb9a09
 def _html(a, most=8):
     "The picture and the receipt of the first images"
-    out = io.BytesIO(); a.show().savefig(out, format='png', dpi=100)
+    out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
     def row(i):
         target = '' if a.target is None else a.target[i].item()
         parts = (a.score[i], a.map[i].sum(), a.prefix[i].sum(), a.unplaced[i])
@@ -91,7 +91,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #c5ddc9da
+# %% ../nbs/16_explain.ipynb #2a60d340
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -107,7 +107,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #22b3546f
+# %% ../nbs/16_explain.ipynb #20880b31
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names; [B, H, W, 3] in [0, 1]"
     cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -117,7 +117,7 @@ def _rgb(model, images):
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low)/(high - low).clamp_min(1e-6)
 
-# %% ../nbs/16_explain.ipynb #4d5bfde4
+# %% ../nbs/16_explain.ipynb #2c4053cd
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     tokens, unplaced = methods[method](t)
@@ -128,7 +128,7 @@ def attribute(model, t:Trace, method:str)->Attribution:
                        t.score - tokens.sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #668f17bc
+# %% ../nbs/16_explain.ipynb #4b36afc1
 def explain(
     model,                # a timm ViT or Mixer in evaluation mode; it is not changed
     images:torch.Tensor,  # [B, 3, H, W], transformed as the model expects
@@ -145,7 +145,7 @@ def explain(
     out = [attribute(model, t, method) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #158504e0
+# %% ../nbs/16_explain.ipynb #1705733f
 def _warn_incomplete(traces):
     "Say so when the rules do not cover a model"
     x = traces[0].images
