@@ -45,11 +45,13 @@ def test_many_threads_do_not_meet(vit, x):
 
 def test_flags_and_hooks_are_as_before(vit, x):
     flags = [p.requires_grad for p in vit.parameters()]
+    before, = torch.autograd.grad(vit(x)[:, 3].sum(), x)
     explain(vit, x.detach())
     with pytest.raises(ValueError): explain(vit, x.detach(), target=99)
     assert [p.requires_grad for p in vit.parameters()] == flags
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in vit.modules())
-    assert torch.equal(torch.autograd.grad(vit(x)[:, 3].sum(), x)[0], torch.autograd.grad(vit(x)[:, 3].sum(), x)[0])
+    assert torch.equal(torch.autograd.grad(vit(x)[:, 3].sum(), x)[0], before)
+    assert not torch.allclose(gradient(vit, x), before)
 
 
 def test_backward_after_the_block_and_twice(vit, x):
@@ -117,13 +119,6 @@ def test_an_account_inside_the_callers_own_libra(vit, x):
     outside = explain(vit, x.detach(), target=product).map
     with libra(vit): inside = explain(vit, x.detach(), target=product).map
     assert torch.equal(inside, outside)
-
-
-def test_blocks_that_work_in_place():
-    model = load('vit_digits')
-    for block in model.blocks: block.forward = lambda h, block=block: h.add_(block.mlp(block.norm2(h)))
-    a = explain(model, scenes(2).images)
-    assert (a.completeness_error.abs() < 1e-4*a.score.abs().clamp_min(1)).all()
 
 
 def test_wrong_number_of_scores(vit, x):
