@@ -5,28 +5,28 @@
 # %% auto #0
 __all__ = ['families', 'RuleSet', 'with_rules', 'describe', 'only', 'without', 'intercept', 'tangent', 'tangent_module']
 
-# %% ../nbs/07_presets.ipynb #bae9169e
+# %% ../nbs/07_presets.ipynb #d235ceb7
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/07_presets.ipynb #5c080435
+# %% ../nbs/07_presets.ipynb #61dbd2ad
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/07_presets.ipynb #3f8a0687
+# %% ../nbs/07_presets.ipynb #7f203b8c
 from .core import *
 from .core import _here
 from .affine import depends
 from .gating import _Share, _share
 from . import activations, attention, layernorm
 
-# %% ../nbs/07_presets.ipynb #5d135694
+# %% ../nbs/07_presets.ipynb #dd845839
 def families(rules=LIBRA)->dict:
     "The families of rules in a table, and how many operations and module types each covers"
     names = [getattr(handler, 'family', None) or 'no family' for handler in rules.values()]
     return {name: names.count(name) for name in sorted(set(names))}
 
-# %% ../nbs/07_presets.ipynb #0e6df874
+# %% ../nbs/07_presets.ipynb #f0da28cc
 @dataclass(eq=False, repr=False)
 class RuleSet(Mapping):
     "A live view of the rule table: the families that it keeps or changes, and entries of its own"
@@ -55,28 +55,29 @@ class RuleSet(Mapping):
     def __repr__(self): return f'{self.name}: {_listed(self)}'
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/07_presets.ipynb #f728fa75
+# %% ../nbs/07_presets.ipynb #a099ac17
 def with_rules(rules:RuleSet, own:dict)->RuleSet:
     "The same set with these rules on top; `rules` and the table stay as they are"
     return replace(rules, name=f'{rules.name} + {", ".join(families(own))}', own={**rules.own, **own})
 
 def _listed(rules): return ", ".join(f"{n} {family}" for family, n in families(rules).items()) or "no rules"
 
-# %% ../nbs/07_presets.ipynb #d5907b02
+# %% ../nbs/07_presets.ipynb #560fce29
 def describe(rules)->dict:
     "What a set of rules does, family by family"
     def says(family):
-        ops = [op for op, handler in {**LIBRA, **rules}.items() if getattr(handler, 'family', 'no family') == family]
-        found = [(rules.get(op), LIBRA.get(op)) for op in ops if rules.get(op) is not None]
-        changed = [handler.__doc__ for handler, usual in found if usual is not None and handler is not usual]
-        return changed[0] if changed else 'balanced' if found else 'ordinary gradient'
+        usual = [(rules.get(op), handler) for op, handler in LIBRA.items() if getattr(handler, 'family', 'no family') == family]
+        found = [pair for pair in usual if pair[0] is not None]
+        changed = [new.__doc__ or 'changed' for new, old in found if new is not old]
+        if not found: return 'ordinary gradient' if usual else 'balanced'  # a family that the table does not have is an addition
+        return 'balanced' if not changed else changed[0] if len(changed) == len(found) else 'balanced, some changed'
     return {family: says(family) for family in {**families(), **families(rules)}}
 
 def _html(rules):
     rows = ''.join(f'<tr><th>{family}</th><td>{text}</td></tr>' for family, text in describe(rules).items())
     return f'<p><code>{rules.name}</code> {rules.doc}</p><table>{rows}</table>'
 
-# %% ../nbs/07_presets.ipynb #372d49d0
+# %% ../nbs/07_presets.ipynb #98a69a9d
 def _known(names):
     unknown = [name for name in names if name not in families()]
     if unknown: raise ValueError(
@@ -92,11 +93,11 @@ def without(*names:str)->RuleSet:
     _known(names)
     return RuleSet(f'without({", ".join(map(repr, names))})', drop=names, complete=not names)
 
-# %% ../nbs/07_presets.ipynb #abed6f77
+# %% ../nbs/07_presets.ipynb #19de2382
 rule_sets['alilrp'] = RuleSet('alilrp', 'attention matrix and standard deviation constant (Ali et al. 2022)',
                               keep=('attention', 'layernorm'))
 
-# %% ../nbs/07_presets.ipynb #1c74f409
+# %% ../nbs/07_presets.ipynb #1ad2f7cb
 def intercept(
     s,                           # an elementwise function; it may work in place
     x:torch.Tensor,
@@ -104,17 +105,18 @@ def intercept(
 )->torch.Tensor:
     "Where the tangent of `s` at `x` meets the axis, s(x) - s'(x)x, computed in float32 or better; a constant"
     t = const(x).to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_()
-    with torch.enable_grad(): y = s(t.clone())
-    slope, = torch.autograd.grad(y.sum(), t)
+    with torch.enable_grad():
+        y = s(t.clone())
+        slope, = torch.autograd.grad(y.sum(), t)
     return const(y - total(slope*t))
 
-# %% ../nbs/07_presets.ipynb #de1af80d
+# %% ../nbs/07_presets.ipynb #af76e306
 def _count(out, input, constant):
     "Enter `constant` in the account of the pass as if `out` were a sum `input + constant`"
     if note := _here.mode.tally(torch.add, (input, constant), {}): note(out)
     return out
 
-def _counting(input): return depends(input) and _here.mode is not None and _here.mode.tally is not None
+def _counting(input): return depends(input) and torch.is_grad_enabled() and _here.mode is not None and _here.mode.tally is not None
 
 def tangent(op, input, *args, **kwargs):
     "ordinary gradient, intercept counted"
@@ -123,7 +125,7 @@ def tangent(op, input, *args, **kwargs):
     known = CONSTANTS[op](op, input, *args, **kwargs) if op in CONSTANTS else None
     return _count(op(input, *args, **kwargs), input, rest if known is None else rest - known)
 
-# %% ../nbs/07_presets.ipynb #66a89faf
+# %% ../nbs/07_presets.ipynb #72867712
 def tangent_module(out, module, input, *args, **kwargs):
     "ordinary gradient, intercept counted"
     if getattr(module, 'inplace', False): return out # too late, the input is overwritten; its parts have rules
@@ -133,7 +135,7 @@ def tangent_module(out, module, input, *args, **kwargs):
     with libra(rules='plain'): rest = intercept(stock, input)
     return _count(out, input, rest)
 
-# %% ../nbs/07_presets.ipynb #93c12755
+# %% ../nbs/07_presets.ipynb #29ff98c0
 _taylor = {}
 @rule('activations', F.glu, table=_taylor)
 def _glu(op, input, dim=-1):
@@ -142,11 +144,11 @@ def _glu(op, input, dim=-1):
     rest = intercept(lambda t: op(t, dim), input, lambda parts: sum(parts.chunk(2, dim)))
     return _count(op(input, dim), input, rest)
 
-# %% ../nbs/07_presets.ipynb #39de9e65
+# %% ../nbs/07_presets.ipynb #3ec99d95
 rule_sets['libra_taylor'] = RuleSet('libra_taylor', 'Libra, where an activation is its tangent and the intercept a constant', own=_taylor,
                                     instead=dict(activations=(tangent, tangent_module)), complete=True)
 
-# %% ../nbs/07_presets.ipynb #0f6f95cd
+# %% ../nbs/07_presets.ipynb #79d05d99
 _halves = {}
 @rule('attention', F.scaled_dot_product_attention, table=_halves)
 def _attention_in_halves(op, query, key, value, attn_mask=None, *args, **kwargs):
@@ -159,7 +161,7 @@ def _attention_in_halves(op, query, key, value, attn_mask=None, *args, **kwargs)
 rule_sets['attnlrp'] = RuleSet('attnlrp', 'ordinary softmax, every product shared in halves (Achtibat et al. 2024)',
                                drop=('attention',), own=_halves)
 
-# %% ../nbs/07_presets.ipynb #e7970b88
+# %% ../nbs/07_presets.ipynb #65fc5dee
 _thirds = {}
 @rule('attention', F.scaled_dot_product_attention, table=_thirds)
 def _attention_in_thirds(op, query, key, value, *args, **kwargs):
@@ -169,6 +171,6 @@ def _attention_in_thirds(op, query, key, value, *args, **kwargs):
 rule_sets['attnlrp_thirds'] = RuleSet('attnlrp_thirds', 'ordinary softmax, fused attention shared in thirds',
                                       drop=('attention',), own=_thirds)
 
-# %% ../nbs/07_presets.ipynb #f219c3b5
+# %% ../nbs/07_presets.ipynb #bbb2bb83
 rule_sets['decompx'] = RuleSet('decompx', 'attention, standard deviation and activation slope constant (Modarressi et al. 2023)',
                                drop=('gating',))
