@@ -5,28 +5,28 @@
 # %% auto #0
 __all__ = ['families', 'RuleSet', 'with_rules', 'describe', 'only', 'without', 'intercept', 'tangent', 'tangent_module']
 
-# %% ../nbs/07_presets.ipynb #d235ceb7
+# %% ../nbs/07_presets.ipynb #686d4bc8
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/07_presets.ipynb #61dbd2ad
+# %% ../nbs/07_presets.ipynb #b03e1fb3
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/07_presets.ipynb #7f203b8c
+# %% ../nbs/07_presets.ipynb #bae709a2
 from .core import *
 from .core import _here
 from .affine import depends
 from .gating import _Share, _share
 from . import activations, attention, layernorm
 
-# %% ../nbs/07_presets.ipynb #dd845839
+# %% ../nbs/07_presets.ipynb #98c28fd1
 def families(rules=LIBRA)->dict:
     "The families of rules in a table, and how many operations and module types each covers"
     names = [getattr(handler, 'family', None) or 'no family' for handler in rules.values()]
     return {name: names.count(name) for name in sorted(set(names))}
 
-# %% ../nbs/07_presets.ipynb #f0da28cc
+# %% ../nbs/07_presets.ipynb #4f421bf2
 @dataclass(eq=False, repr=False)
 class RuleSet(Mapping):
     "A live view of the rule table: the families that it keeps or changes, and entries of its own"
@@ -35,14 +35,15 @@ class RuleSet(Mapping):
     keep:tuple = None     # the families it keeps, all where not given
     drop:tuple = ()       # the families it leaves out
     own:dict = field(default_factory=dict)     # {op: handler}, which come first
-    instead:dict = field(default_factory=dict) # {family: (handler of functions, handler of module types)} for the table's own
+    instead:dict = field(default_factory=dict) # {family: (handler, the same for module types)} in place of the table's
     complete:bool = False # whether it is meant to be FG-complete
 
     def get(self, op, default=None):
         if op in self.own: return self.own[op]
         handler = LIBRA.get(op)
         family = getattr(handler, 'family', None)
-        if handler is None or family in self.drop or not (self.keep is None or family in self.keep): return default
+        kept = self.keep is None or family in self.keep
+        if handler is None or not kept or family in self.drop: return default
         return self.instead[family][isinstance(op, (type, str))] if family in self.instead else handler
 
     def __getitem__(self, op):
@@ -55,14 +56,14 @@ class RuleSet(Mapping):
     def __repr__(self): return f'{self.name}: {_listed(self)}'
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/07_presets.ipynb #a099ac17
+# %% ../nbs/07_presets.ipynb #c9870bc2
 def with_rules(rules:RuleSet, own:dict)->RuleSet:
     "The same set with these rules on top; `rules` and the table stay as they are"
     return replace(rules, name=f'{rules.name} + {", ".join(families(own))}', own={**rules.own, **own})
 
 def _listed(rules): return ", ".join(f"{n} {family}" for family, n in families(rules).items()) or "no rules"
 
-# %% ../nbs/07_presets.ipynb #560fce29
+# %% ../nbs/07_presets.ipynb #38436ff6
 def describe(rules)->dict:
     "What a set of rules does, family by family"
     def says(family):
@@ -77,7 +78,7 @@ def _html(rules):
     rows = ''.join(f'<tr><th>{family}</th><td>{text}</td></tr>' for family, text in describe(rules).items())
     return f'<p><code>{rules.name}</code> {rules.doc}</p><table>{rows}</table>'
 
-# %% ../nbs/07_presets.ipynb #98a69a9d
+# %% ../nbs/07_presets.ipynb #2c2cdecb
 def _known(names):
     unknown = [name for name in names if name not in families()]
     if unknown: raise ValueError(
@@ -93,11 +94,11 @@ def without(*names:str)->RuleSet:
     _known(names)
     return RuleSet(f'without({", ".join(map(repr, names))})', drop=names, complete=not names)
 
-# %% ../nbs/07_presets.ipynb #19de2382
+# %% ../nbs/07_presets.ipynb #54fd1ef3
 rule_sets['alilrp'] = RuleSet('alilrp', 'attention matrix and standard deviation constant (Ali et al. 2022)',
                               keep=('attention', 'layernorm'))
 
-# %% ../nbs/07_presets.ipynb #1ad2f7cb
+# %% ../nbs/07_presets.ipynb #0cfcd267
 def intercept(
     s,                           # an elementwise function; it may work in place
     x:torch.Tensor,
@@ -110,13 +111,13 @@ def intercept(
         slope, = torch.autograd.grad(y.sum(), t)
     return const(y - total(slope*t))
 
-# %% ../nbs/07_presets.ipynb #af76e306
+# %% ../nbs/07_presets.ipynb #dcf213a8
 def _count(out, input, constant):
     "Enter `constant` in the account of the pass as if `out` were a sum `input + constant`"
     if note := _here.mode.tally(torch.add, (input, constant), {}): note(out)
     return out
 
-def _counting(input): return depends(input) and torch.is_grad_enabled() and _here.mode is not None and _here.mode.tally is not None
+def _counting(input): return depends(input) and torch.is_grad_enabled() and getattr(_here.mode, 'tally', None) is not None
 
 def tangent(op, input, *args, **kwargs):
     "ordinary gradient, intercept counted"
@@ -125,7 +126,7 @@ def tangent(op, input, *args, **kwargs):
     known = CONSTANTS[op](op, input, *args, **kwargs) if op in CONSTANTS else None
     return _count(op(input, *args, **kwargs), input, rest if known is None else rest - known)
 
-# %% ../nbs/07_presets.ipynb #72867712
+# %% ../nbs/07_presets.ipynb #f2aaf31d
 def tangent_module(out, module, input, *args, **kwargs):
     "ordinary gradient, intercept counted"
     if getattr(module, 'inplace', False): return out # too late, the input is overwritten; its parts have rules
@@ -135,7 +136,7 @@ def tangent_module(out, module, input, *args, **kwargs):
     with libra(rules='plain'): rest = intercept(stock, input)
     return _count(out, input, rest)
 
-# %% ../nbs/07_presets.ipynb #29ff98c0
+# %% ../nbs/07_presets.ipynb #8fda018a
 _taylor = {}
 @rule('activations', F.glu, table=_taylor)
 def _glu(op, input, dim=-1):
@@ -144,24 +145,26 @@ def _glu(op, input, dim=-1):
     rest = intercept(lambda t: op(t, dim), input, lambda parts: sum(parts.chunk(2, dim)))
     return _count(op(input, dim), input, rest)
 
-# %% ../nbs/07_presets.ipynb #3ec99d95
-rule_sets['libra_taylor'] = RuleSet('libra_taylor', 'Libra, where an activation is its tangent and the intercept a constant', own=_taylor,
-                                    instead=dict(activations=(tangent, tangent_module)), complete=True)
+# %% ../nbs/07_presets.ipynb #e27bac5f
+rule_sets['libra_taylor'] = RuleSet(
+    'libra_taylor', 'Libra, where an activation is its tangent and the intercept a constant', own=_taylor,
+    instead=dict(activations=(tangent, tangent_module)), complete=True)
 
-# %% ../nbs/07_presets.ipynb #79d05d99
+# %% ../nbs/07_presets.ipynb #288cf0c6
 _halves = {}
 @rule('attention', F.scaled_dot_product_attention, table=_halves)
 def _attention_in_halves(op, query, key, value, attn_mask=None, *args, **kwargs):
     "ordinary gradient, in halves"
     query, key = _share(query, key)
     if depends(value) and any(map(depends, (query, key, attn_mask))):
-        query, key, value, attn_mask = (_Share.apply(t, 2) if depends(t) else t for t in (query, key, value, attn_mask))
+        half = lambda t: _Share.apply(t, 2) if depends(t) else t
+        query, key, value, attn_mask = map(half, (query, key, value, attn_mask))
     return op(query, key, value, attn_mask, *args, **kwargs)
 
 rule_sets['attnlrp'] = RuleSet('attnlrp', 'ordinary softmax, every product shared in halves (Achtibat et al. 2024)',
                                drop=('attention',), own=_halves)
 
-# %% ../nbs/07_presets.ipynb #65fc5dee
+# %% ../nbs/07_presets.ipynb #0519238d
 _thirds = {}
 @rule('attention', F.scaled_dot_product_attention, table=_thirds)
 def _attention_in_thirds(op, query, key, value, *args, **kwargs):
@@ -171,6 +174,6 @@ def _attention_in_thirds(op, query, key, value, *args, **kwargs):
 rule_sets['attnlrp_thirds'] = RuleSet('attnlrp_thirds', 'ordinary softmax, fused attention shared in thirds',
                                       drop=('attention',), own=_thirds)
 
-# %% ../nbs/07_presets.ipynb #bbb2bb83
+# %% ../nbs/07_presets.ipynb #4e77ac71
 rule_sets['decompx'] = RuleSet('decompx', 'attention, standard deviation and activation slope constant (Modarressi et al. 2023)',
                                drop=('gating',))
