@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['methods', 'method', 'input_x_gradient', 'pixel_x_gradient', 'fullgrad', 'fullgrad_plus']
 
-# %% ../nbs/11_gradient_maps.ipynb #c78de660
+# %% ../nbs/11_gradient_maps.ipynb #d3e1e149
 import torch
 
-# %% ../nbs/11_gradient_maps.ipynb #554a4a3f
+# %% ../nbs/11_gradient_maps.ipynb #f7e7af5b
 from .trace import Trace
 
-# %% ../nbs/11_gradient_maps.ipynb #9c28d9af
+# %% ../nbs/11_gradient_maps.ipynb #44cf7acd
 methods = {}
 
 def method(name:str, pixels=False, **defaults):
@@ -26,28 +26,28 @@ def method(name:str, pixels=False, **defaults):
         return f
     return register
 
-# %% ../nbs/11_gradient_maps.ipynb #ca716fe2
+# %% ../nbs/11_gradient_maps.ipynb #108a169a
 @method('input_x_gradient')
 def input_x_gradient(t:Trace, block:int=0):
     "Input times gradient at the input of a block; at block 0 the patch embeddings (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block], placed.sum(-1) + unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #e3cf0ca4
+# %% ../nbs/11_gradient_maps.ipynb #cc66abc7
 @method('pixel_x_gradient', pixels=True)
 def pixel_x_gradient(t:Trace):
     "Input times gradient at the pixels, summed over the colours; any model has it (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(None)
     return t.pixels, placed.sum(-1) + unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #6c9f6c30
+# %% ../nbs/11_gradient_maps.ipynb #76fb3dc9
 @method('fullgrad')
 def fullgrad(t:Trace, block:int=0):
     "Input times gradient at the input of a block plus all constants from there on (Srinivas & Fleuret 2019)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block] + placed, unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #644e2dd0
+# %% ../nbs/11_gradient_maps.ipynb #6c1f25ae
 @method('skip_plus_once', skip=True, constants='once')
 @method('skip_plus', skip=True)
 @method('fullgrad_plus_once', constants='once')

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['token_axis', 'token_axes', 'per_image', 'meet', 'TokenTally', 'listen', 'bottlenecks', 'Trace', 'start', 'trace']
 
-# %% ../nbs/10_trace.ipynb #842af938
+# %% ../nbs/10_trace.ipynb #a6f56d74
 import math, threading
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #8eaed443
+# %% ../nbs/10_trace.ipynb #f6510343
 import torch
 from torch import nn
 
-# %% ../nbs/10_trace.ipynb #c0c38a8b
-from .core import Tally, libra
+# %% ../nbs/10_trace.ipynb #119bf720
+from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
-# %% ../nbs/10_trace.ipynb #48e9dc21
+# %% ../nbs/10_trace.ipynb #7646f1e1
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -32,7 +33,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #268d0f11
+# %% ../nbs/10_trace.ipynb #8eeb09be
 def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
@@ -45,7 +46,7 @@ def token_axes(
     axis = token_axis(shape, state.n, before)
     return axis and (axis,)
 
-# %% ../nbs/10_trace.ipynb #b0c3c1b9
+# %% ../nbs/10_trace.ipynb #f738699a
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -53,21 +54,16 @@ def per_image(part, batch):
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #8080f998
-class _Meet(torch.autograd.Function):
-    "The same values; hands the gradient to `note` as it comes by"
-    @staticmethod
-    def forward(ctx, value, h, note):
-        ctx.note = note
-        return value.detach()
-    @staticmethod
-    def backward(ctx, g):
-        ctx.note(g)
-        return None, g, None
+# %% ../nbs/10_trace.ipynb #038accfc
+def meet(
+    h:torch.Tensor,
+    note,           # called with the gradient of `h` as it is now
+)->torch.Tensor:    # what to go on with: `h`, or its twin
+    "Listen to the gradient of `h`, whatever is done to it afterwards"
+    h.register_hook(note)
+    return swap_backward(h, h) if h._is_view() else h
 
-def meet(h, note): return _Meet.apply(h.detach(), h, note)
-
-# %% ../nbs/10_trace.ipynb #662cea73
+# %% ../nbs/10_trace.ipynb #0268d977
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
@@ -75,13 +71,12 @@ class TokenTally(Tally):
         self.states, self.nodes, self.kept = [], [], []
 
     def meet(self, h, module):
-        "A twin of `h`, noted as a token state; `h` itself where it is none"
+        "`h`, or its twin, noted as a token state if it is one"
         state = self.plan.state(h.shape, module, len(self.states)) if h.requires_grad and len(h) == self.batch else None
         if state is None: return h
         i, copy = len(self.states), h.detach().clone()  # the block may overwrite it
-        twin = meet(h, lambda g: self.note(g, copy, i))
-        self.states.append(state); self.nodes.append(twin.grad_fn)
-        return twin
+        self.states.append(state); self.nodes.append((h.grad_fn, h.output_nr))
+        return meet(h, lambda g: self.note(g, copy, i))
 
     def where(self, args, out): return len(self.states), out.shape, args[0].shape if args and isinstance(args[0], torch.Tensor) else None
 
@@ -96,19 +91,12 @@ class TokenTally(Tally):
 
     def placed(self, part, met, shape, before):
         "Token values [B, N] of a constant between state `met`-1 and state `met`, or None"
-        if not self.plan.image and len(shape) == 2: part, shape = self.unfolded(part)
-        if not len(shape) or shape[0] != self.batch: return None
         for i in (met - 1, met):
-            axes = i in self.kept and token_axes(shape, self.states[i], before)
-            if not axes: continue
-            tokens = self.states[i].tokens(part, axes)
-            return self.put(tokens, self.states[i] if len(axes) == 1 else State(axes, self.states[i].grid))
-
-    def unfolded(self, part):
-        "Texts that were laid end to end, [B*N, C], side by side again"
-        n = self.plan.grid[1]
-        if len(part) == self.batch*n and n > 1: part = part.view(self.batch, n, -1)
-        return part, part.shape
+            if i not in self.kept or not len(shape): continue
+            state, ends = self.states[i], len(shape) == 2 and shape[0] == self.batch*self.states[i].n
+            if ends: axes, part = (1,), part.view(self.batch, state.n, -1)  # images or texts laid end to end, [B*N, C]
+            else: axes = token_axes(shape, state, before) if shape[0] == self.batch else None
+            if axes: return self.put(state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
     def put(self, tokens, state): return on_grid(tokens, state, self.grid, self.prefix)
 
@@ -123,7 +111,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(len(kept), self.batch, n)
         self.constants, self.unplaced = new(len(kept) + 1, self.batch, n), new(len(kept) + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #f75b5cb7
+# %% ../nbs/10_trace.ipynb #7a7cc0e2
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -138,27 +126,27 @@ def listen(tally:TokenTally):
         for stage in tally.plan.stages: undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #39404811
+# %% ../nbs/10_trace.ipynb #bf434627
 def bottlenecks(
     scores, # tensors
     end,    # node of the graph at the input
-    nodes,  # of the graph
-)->list:    # indices of those nodes that every path from the scores to `end` leads through
+    states, # (node, number of its output) for tensors of the graph
+)->list:    # indices of those tensors that every path from the scores to `end` leads through
     "Where all that the scores know of the input comes through"
-    def behind(n): return [] if n is end else [m for m, _ in n.next_functions if m is not None]
-    ways, order, todo = {}, [], [(s.grad_fn, False) for s in scores]
+    def behind(n): return [] if n is end else [edge for edge in n.next_functions if edge[0] is not None]
+    roots = [(s.grad_fn, s.output_nr) for s in scores]
+    ways, order, todo = {}, [], [(n, False) for n, _ in roots]
     while todo:
         n, done = todo.pop()
-        if done: ways[n] = 1 if n is end else sum(ways[m] for m in behind(n)); order.append(n)
-        elif n not in ways: ways[n] = 0; todo += [(n, True), *((m, False) for m in behind(n))]
-    back = dict.fromkeys(order, 0)
-    for s in scores: back[s.grad_fn] += 1
+        if done: ways[n] = 1 if n is end else sum(ways[m] for m, _ in behind(n)); order.append(n)
+        elif n not in ways: ways[n] = 0; todo += [(n, True), *((m, False) for m, _ in behind(n))]
+    node, tensor = Counter(n for n, _ in roots), Counter(roots)  # ways from the scores to a node, and to an output of it
     for n in reversed(order):
-        for m in behind(n): back[m] += back[n]
-    total = sum(ways[s.grad_fn] for s in scores)
-    return [i for i, n in enumerate(nodes) if n in ways and ways[n]*back[n] == total]
+        for m, k in behind(n): node[m] += node[n]; tensor[m, k] += node[n]
+    total = sum(ways[n] for n, _ in roots)
+    return [i for i, s in enumerate(states) if ways.get(s[0], 0)*tensor[s] == total]
 
-# %% ../nbs/10_trace.ipynb #486dfe2c
+# %% ../nbs/10_trace.ipynb #237ba6ca
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -185,7 +173,7 @@ class Trace:
         here = self.pixels.flatten(1) if block is None else self.input_x_gradient[block]
         return self.score - here.sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #cc47c3c7
+# %% ../nbs/10_trace.ipynb #478b91b1
 class _Start:
     "The tensor where gradients end, and the clone that the model gets"
     def __init__(self, x=None): self.leaf = self.fed = None; self.begin(x) if x is not None else None
@@ -211,7 +199,7 @@ def start(model, data):
         for m in _embeddings(model): undo.callback(m.register_forward_hook(hook).remove)
         yield begun
 
-# %% ../nbs/10_trace.ipynb #1a6c414a
+# %% ../nbs/10_trace.ipynb #7c887b5a
 def trace(
     model,
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -232,7 +220,7 @@ def trace(
         kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes)
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #d0470762
+# %% ../nbs/10_trace.ipynb #0035e89d
 def _check_scores(scores, begun):
     for score, _ in scores:
         if begun.leaf is None: raise ValueError('no embedding of the model received the token ids: pass images, or the ids that its input embedding takes')
@@ -242,7 +230,7 @@ def _check_scores(scores, begun):
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
-# %% ../nbs/10_trace.ipynb #dc092fbc
+# %% ../nbs/10_trace.ipynb #7f2a2bca
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
     try: g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
