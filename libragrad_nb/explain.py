@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #c412e1c9
+# %% ../nbs/16_explain.ipynb #4431c657
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #e440a4fb
+# %% ../nbs/16_explain.ipynb #0081351e
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #44e10494
+# %% ../nbs/16_explain.ipynb #832cc8a8
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #86bb7a19
+# %% ../nbs/16_explain.ipynb #dad8b07c
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -51,7 +51,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #6fccab2f
+# %% ../nbs/16_explain.ipynb #ad3951b6
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -62,7 +62,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #7bc42d4a
+# %% ../nbs/16_explain.ipynb #5ce5bdc3
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -80,7 +80,7 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #53096ae9
+# %% ../nbs/16_explain.ipynb #6f9f1d13
 def _show_text(a, width, labels=None, per_row=12):
     "Tokens as coloured cells, `per_row` in a row"
     import matplotlib.pyplot as plt
@@ -98,7 +98,7 @@ def _show_text(a, width, labels=None, per_row=12):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #c1619a63
+# %% ../nbs/16_explain.ipynb #f7cf88a4
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
@@ -112,7 +112,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #1bde44e0
+# %% ../nbs/16_explain.ipynb #318fdf49
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -128,7 +128,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #3c529391
+# %% ../nbs/16_explain.ipynb #16f4c6fe
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names: [B, H, W, 3] in [0, 1]; token ids as they are"
     if not images.is_floating_point(): return images.cpu()
@@ -140,7 +140,7 @@ def _rgb(model, images):
     grey = (x - low)/(high - low).clamp_min(1e-6)
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
-# %% ../nbs/16_explain.ipynb #4d81b4e1
+# %% ../nbs/16_explain.ipynb #b35187f2
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     values, unplaced = methods[method](t)
@@ -151,7 +151,7 @@ def attribute(model, t:Trace, method:str)->Attribution:
     return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #2a684547
+# %% ../nbs/16_explain.ipynb #f86758ee
 def explain(
     model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
     images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
@@ -170,7 +170,7 @@ def explain(
     out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #8d18a559
+# %% ../nbs/16_explain.ipynb #e16dbd85
 def _lost(t:Trace):
     "Largest share of the attribution that has no owner, of all blocks and images"
     def share(block):

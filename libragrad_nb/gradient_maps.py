@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['methods', 'method', 'input_x_gradient', 'pixel_x_gradient', 'fullgrad', 'fullgrad_plus']
 
-# %% ../nbs/11_gradient_maps.ipynb #d3e1e149
+# %% ../nbs/11_gradient_maps.ipynb #ccd1365c
 import torch
 
-# %% ../nbs/11_gradient_maps.ipynb #f7e7af5b
+# %% ../nbs/11_gradient_maps.ipynb #c8101f3e
 from .trace import Trace
 
-# %% ../nbs/11_gradient_maps.ipynb #44cf7acd
+# %% ../nbs/11_gradient_maps.ipynb #6d5da484
 methods = {}
 
 def method(name:str, pixels=False, **defaults):
@@ -26,28 +26,28 @@ def method(name:str, pixels=False, **defaults):
         return f
     return register
 
-# %% ../nbs/11_gradient_maps.ipynb #108a169a
+# %% ../nbs/11_gradient_maps.ipynb #68a3b3d7
 @method('input_x_gradient')
 def input_x_gradient(t:Trace, block:int=0):
     "Input times gradient at the input of a block; at block 0 the patch embeddings (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block], placed.sum(-1) + unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #cc66abc7
+# %% ../nbs/11_gradient_maps.ipynb #3939592a
 @method('pixel_x_gradient', pixels=True)
 def pixel_x_gradient(t:Trace):
     "Input times gradient at the pixels, summed over the colours; any model has it (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(None)
     return t.pixels, placed.sum(-1) + unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #76fb3dc9
+# %% ../nbs/11_gradient_maps.ipynb #5a627da2
 @method('fullgrad')
 def fullgrad(t:Trace, block:int=0):
     "Input times gradient at the input of a block plus all constants from there on (Srinivas & Fleuret 2019)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block] + placed, unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #6c1f25ae
+# %% ../nbs/11_gradient_maps.ipynb #0a6de52a
 @method('skip_plus_once', skip=True, constants='once')
 @method('skip_plus', skip=True)
 @method('fullgrad_plus_once', constants='once')

@@ -6,16 +6,16 @@
 __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid', 'Inputs', 'read_inputs', 'check_images',
            'choose']
 
-# %% ../nbs/09_tokens.ipynb #5982bfba
+# %% ../nbs/09_tokens.ipynb #a0f9f68e
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/09_tokens.ipynb #536d9d36
+# %% ../nbs/09_tokens.ipynb #3c59af37
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #1df55900
+# %% ../nbs/09_tokens.ipynb #8020fe97
 def members(m):
     "The blocks inside a stage, or the module itself where it is one block"
     inner = getattr(m, 'blocks', m)
@@ -23,7 +23,7 @@ def members(m):
     parts = [c for c in inner if any(True for _ in c.children())]  # a layer has no parts, a block has
     return [b for c in parts for b in members(c)] if 2*len(parts) > len(inner) else [m]
 
-# %% ../nbs/09_tokens.ipynb #8c00cb79
+# %% ../nbs/09_tokens.ipynb #700b7187
 def _owner(model):
     "The model inside a wrapper: the first module that lists features, or else the model"
     return next((m for m in model.modules() if hasattr(m, 'feature_info')), model)
@@ -42,7 +42,7 @@ def _stages(model):
         names += [n for n in beside if n not in names]
     return names
 
-# %% ../nbs/09_tokens.ipynb #95b01aa5
+# %% ../nbs/09_tokens.ipynb #193b3cbb
 def _largest_list(model):
     "Names of the modules in the list of like modules that holds most parameters"
     def like(m): return isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1 and len({type(c) for c in m}) == 1
@@ -50,7 +50,7 @@ def _largest_list(model):
     name = max(lists, key=lists.get, default=None)
     return [] if name is None else [f'{name}.{k}'.lstrip('.') for k, _ in model.get_submodule(name).named_children()]
 
-# %% ../nbs/09_tokens.ipynb #97d576ab
+# %% ../nbs/09_tokens.ipynb #508bcd39
 def _norm_before(model, name):
     "The normalisation that stands right in front of the module of that name, or of a list that it is in; or None"
     while name:
@@ -66,7 +66,7 @@ def _blocks(model):
     norm = _norm_before(model, names[0]) if names else None
     return blocks if norm is None else [norm, *blocks[1:]]
 
-# %% ../nbs/09_tokens.ipynb #840ce10d
+# %% ../nbs/09_tokens.ipynb #06e8de3b
 @dataclass(frozen=True)
 class State:
     "How one tensor keeps its tokens"
@@ -87,7 +87,7 @@ class State:
         axes = self.axes if axes is None else axes
         return part.movedim(axes, tuple(range(1, len(axes) + 1))).flatten(1, len(axes)).flatten(2).sum(-1)
 
-# %% ../nbs/09_tokens.ipynb #2e28ecf5
+# %% ../nbs/09_tokens.ipynb #ede3693d
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -130,7 +130,7 @@ class Layout:
             fits = [] if last is None else [(1, 2) if last else (2, 3)]
         return State(fits[0], tuple(shape[a] for a in fits[0]), 0, shape[1 if fits[0] == (2, 3) else 3]) if fits else None
 
-# %% ../nbs/09_tokens.ipynb #519d3603
+# %% ../nbs/09_tokens.ipynb #a51b6efb
 def _like(h, w, H, W):
     "Whether h x w cells can be a coarse picture of H x W pixels: the same proportions to within one cell"
     return h < H and w < W and (h == w if H == W else abs(h*W - w*H) < max(H, W))
@@ -145,7 +145,7 @@ def _rerolled(reroll, shape, block):
     except (KeyError, RuntimeError): return None
     return State((1,), tuple(order.shape), 0, shape[2], order.flatten()) if order.ndim == 2 else None
 
-# %% ../nbs/09_tokens.ipynb #df0c3f76
+# %% ../nbs/09_tokens.ipynb #df416fd8
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
@@ -169,7 +169,7 @@ def _grids(model, grid, size):
     coarse = [tuple(f(s, r) for s in size) for r in steps for f in (lambda s, r: s//r, lambda s, r: -(-s//r))]
     return tuple(dict.fromkeys(([grid] if grid else []) + [g for g in coarse if min(g) > 0]))
 
-# %% ../nbs/09_tokens.ipynb #02d10eb6
+# %% ../nbs/09_tokens.ipynb #17b735ea
 def layout(
     model,
     x:torch.Tensor, # images [B, C, H, W], or token ids [B, N]
@@ -182,7 +182,7 @@ def layout(
     return Layout(_blocks(model), grid, getattr(inner, 'num_prefix_tokens', 0 if announced else None), size, _grids(model, grid, size),
                   formats.get(str(getattr(inner, 'output_fmt', None)).rpartition('.')[2]), getattr(inner, 'reroll', None))
 
-# %% ../nbs/09_tokens.ipynb #44d48ef0
+# %% ../nbs/09_tokens.ipynb #20906738
 def overlap(m:int, n:int)->torch.Tensor:
     "Which share of each of `n` cells falls on each of `m` cells of the same length: [m, n], columns sum to 1"
     i, j = torch.arange(m)[:, None], torch.arange(n)
@@ -198,7 +198,7 @@ def spread(
     rows, cols = (overlap(m, n).to(values) for m, n in zip(grid, values.shape[1:]))
     return rows @ values @ cols.T
 
-# %% ../nbs/09_tokens.ipynb #2b2ce3e6
+# %% ../nbs/09_tokens.ipynb #62cd3a7d
 def on_grid(
     tokens:torch.Tensor, # [B, n] in the order of `state`
     state:State,
@@ -210,7 +210,7 @@ def on_grid(
     patches = spread(patches.reshape(len(tokens), *state.grid), grid).flatten(1)
     return torch.cat([front, front.new_zeros(len(front), prefix - state.prefix), patches], 1)
 
-# %% ../nbs/09_tokens.ipynb #72461cb5
+# %% ../nbs/09_tokens.ipynb #14f75eba
 @dataclass
 class Inputs:
     "What goes into a model, and which part of it is explained"
@@ -231,7 +231,7 @@ class Inputs:
         places = torch.arange(self.x.shape[1], device=self.x.device)
         return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
 
-# %% ../nbs/09_tokens.ipynb #549b08e2
+# %% ../nbs/09_tokens.ipynb #6c580fcc
 def read_inputs(model, inputs)->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module): raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
@@ -251,7 +251,7 @@ def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     read_inputs(model, images)
 
-# %% ../nbs/09_tokens.ipynb #de221c84
+# %% ../nbs/09_tokens.ipynb #2e950c52
 def _main(given):
     "Name of the argument that is explained"
     for key in ('pixel_values', 'input_ids'):
@@ -270,7 +270,7 @@ def _check_images(images):
         f'images are {images.dtype}: convert and normalise them first, e.g. (images/255 - mean)/std, as the transform of the model does')
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
-# %% ../nbs/09_tokens.ipynb #3835e37c
+# %% ../nbs/09_tokens.ipynb #29e52684
 def _check_model(model, x):
     "Mode, device and dtype of the model against its input"
     parts = list(model.named_modules())
@@ -287,7 +287,7 @@ def _check_model(model, x):
     if x.is_floating_point() and p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {x.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #0d30e274
+# %% ../nbs/09_tokens.ipynb #d3fb2c0a
 def _check_size(model, images):
     "Channels and size against what the patch embedding takes, where that is the first thing in the model"
     embed = _patch_embedding(model)
@@ -300,7 +300,7 @@ def _check_size(model, images):
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #e0774e72
+# %% ../nbs/09_tokens.ipynb #9ca0987b
 def choose(
     output,       # what the model returned: [B, classes], or an object with such `.logits`; of a language model [B, N, V]
     target=None,  # None (predicted class), int, one class per image, or a function of the output
@@ -320,7 +320,7 @@ def choose(
     score = logits.softmax(-1) if of=='probability' else logits
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #1efa3165
+# %% ../nbs/09_tokens.ipynb #0a7040bd
 def _logits(output, last):
     "Scores of the classes [B, classes]"
     logits = getattr(output, 'logits', output)

@@ -162,3 +162,12 @@ def test_text(kind, config, changes):
     with pytest.raises(ValueError, match='labels must be 2 lists of 7'): a.show(labels=['abc'])
     assert explain(model, IDS, method='pixel_x_gradient').map.shape == (2, 1, 7)
     accounts(model, IDS, bound, target=2)
+
+
+def test_tokens_behind_the_patches_are_no_prefix():
+    "YOLOS keeps its detection tokens at the end: the account of tokens is given up rather than shifted"
+    model = hf('YolosForObjectDetection', 'YolosConfig', **SMALL, image_size=(48, 64), patch_size=16, num_detection_tokens=4, num_labels=3)
+    x = torch.randn(1, 3, 48, 64, dtype=torch.double)
+    t = accounts(model, x, target=lambda o: o.logits[:, 0, 1])
+    assert t.grid is None
+    assert explain(model, x, target=lambda o: o.logits[:, 0, 1]).map.shape == (1, 48, 64)
