@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #4431c657
+# %% ../nbs/16_explain.ipynb #734a6f16
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #0081351e
+# %% ../nbs/16_explain.ipynb #aba1bb97
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #832cc8a8
+# %% ../nbs/16_explain.ipynb #a72c5d2b
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #dad8b07c
+# %% ../nbs/16_explain.ipynb #e32c0d36
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -51,7 +51,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #ad3951b6
+# %% ../nbs/16_explain.ipynb #f0127b72
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -62,7 +62,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #5ce5bdc3
+# %% ../nbs/16_explain.ipynb #6de35f59
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -80,12 +80,13 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #6f9f1d13
+# %% ../nbs/16_explain.ipynb #08540022
 def _show_text(a, width, labels=None, per_row=12):
     "Tokens as coloured cells, `per_row` in a row"
     import matplotlib.pyplot as plt
     labels = a.rgb.tolist() if labels is None else labels
-    if [len(l) for l in labels] != [len(i) for i in a.rgb]: raise ValueError(f'labels must be {len(a)} lists of {a.rgb.shape[1]} strings')
+    if [len(l) for l in labels] != [len(i) for i in a.rgb]: raise ValueError(
+        f'labels must be {len(a)} lists of {a.rgb.shape[1]} strings')
     deep = -(-a.rgb.shape[1]//per_row)
     fig, axes = plt.subplots(len(a), 1, figsize=(width, (.35*deep + .35)*len(a)), squeeze=False, layout='constrained')
     for ax, values, words, score in zip(axes.flat, a.map.flatten(1).cpu(), labels, a.score):
@@ -93,12 +94,14 @@ def _show_text(a, width, labels=None, per_row=12):
         top = values.abs().max().item() or 1.
         ax.imshow(cells, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto')
         for k, word in enumerate(words):
-            ax.text(k%per_row, k//per_row, word, ha='center', va='center', fontsize=8, color='w' if values[k].abs() > .6*top else '#222')
-        ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False); ax.set_title(f'score {score:.2f}, darkest {top:.2g}', fontsize=8, loc='left')
+            ink = 'w' if values[k].abs() > .6*top else '#222'
+            ax.text(k%per_row, k//per_row, word, ha='center', va='center', fontsize=8, color=ink)
+        ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        ax.set_title(f'score {score:.2f}, darkest {top:.2g}', fontsize=8, loc='left')
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #f7cf88a4
+# %% ../nbs/16_explain.ipynb #87662a21
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
@@ -112,7 +115,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #318fdf49
+# %% ../nbs/16_explain.ipynb #a61a7aa1
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -128,7 +131,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #16f4c6fe
+# %% ../nbs/16_explain.ipynb #4ff83112
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names: [B, H, W, 3] in [0, 1]; token ids as they are"
     if not images.is_floating_point(): return images.cpu()
@@ -140,18 +143,19 @@ def _rgb(model, images):
     grey = (x - low)/(high - low).clamp_min(1e-6)
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
-# %% ../nbs/16_explain.ipynb #b35187f2
+# %% ../nbs/16_explain.ipynb #d962b783
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     values, unplaced = methods[method](t)
     at_pixels = methods[method].pixels
     placed, rest = t.constants_from(None if at_pixels else 0)
-    prefix, grid = (values[:, :0, 0], values) if at_pixels else (values[:, :t.prefix], values[:, t.prefix:].reshape(len(values), *t.grid))
+    if at_pixels: prefix, grid = values[:, :0, 0], values
+    else: prefix, grid = values[:, :t.prefix], values[:, t.prefix:].reshape(len(values), *t.grid)
     if not grid.any(): warnings.warn(f'the {method} map is zero everywhere: the score does not depend on the patches', stacklevel=3)
     return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #f86758ee
+# %% ../nbs/16_explain.ipynb #baaf2ea6
 def explain(
     model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
     images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
@@ -163,14 +167,15 @@ def explain(
     "Which patches made the score: a signed map in units of the score (LibraGrad, arXiv 2411.16760)"
     if method is not None and (not isinstance(method, str) or method not in methods):
         raise ValueError(f'unknown method {method!r}: choose one of {", ".join(methods)}')
-    if not isinstance(rules, str) and not hasattr(rules, 'get'): raise TypeError(f'rules must be a name or a dictionary of rules, not {rules!r}')
+    if not isinstance(rules, str) and not hasattr(rules, 'get'): raise TypeError(
+        f'rules must be a name or a dictionary of rules, not {rules!r}')
     rule_set(rules)
     traces = trace(model, images, target, rules, of)
     if rule_set(rules) and of == 'logit': _warn_incomplete(traces)
     out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #e16dbd85
+# %% ../nbs/16_explain.ipynb #6f6fbe1b
 def _lost(t:Trace):
     "Largest share of the attribution that has no owner, of all blocks and images"
     def share(block):

@@ -5,49 +5,54 @@
 # %% auto #0
 __all__ = ['methods', 'method', 'input_x_gradient', 'pixel_x_gradient', 'fullgrad', 'fullgrad_plus']
 
-# %% ../nbs/11_gradient_maps.ipynb #ccd1365c
+# %% ../nbs/11_gradient_maps.ipynb #187d461b
 import torch
 
-# %% ../nbs/11_gradient_maps.ipynb #c8101f3e
+# %% ../nbs/11_gradient_maps.ipynb #7c938fc8
 from .trace import Trace
 
-# %% ../nbs/11_gradient_maps.ipynb #6d5da484
+# %% ../nbs/11_gradient_maps.ipynb #e0cb5ef3
 methods = {}
 
-def method(name:str, pixels=False, **defaults):
-    "Register a method `f(trace, **options) -> (tokens [B, N], unplaced [B])` under `name`, with these options; with `pixels`: (pixels [B, H, W], unplaced [B])"
+def method(
+    name:str,
+    pixels=False,  # the method maps pixels [B, H, W], not tokens [B, N]
+    **defaults,    # its options
+):
+    "Register a method `f(trace, **options) -> (tokens [B, N], unplaced [B])` under `name`"
     def register(f):
         def run(trace):
             if trace.grid is None and not pixels: raise NotImplementedError(
-                f'{name} needs token states that all of the score comes through, and in this model none was found: use method="pixel_x_gradient"')
+                f'{name} needs token states that all of the score comes through, and in this model none was found: '
+                'use method="pixel_x_gradient"')
             return f(trace, **defaults)
         run.__doc__, run.pixels = f.__doc__, pixels
         methods[name] = run
         return f
     return register
 
-# %% ../nbs/11_gradient_maps.ipynb #68a3b3d7
+# %% ../nbs/11_gradient_maps.ipynb #a0f0ecf6
 @method('input_x_gradient')
 def input_x_gradient(t:Trace, block:int=0):
     "Input times gradient at the input of a block; at block 0 the patch embeddings (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block], placed.sum(-1) + unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #3939592a
+# %% ../nbs/11_gradient_maps.ipynb #682c7de8
 @method('pixel_x_gradient', pixels=True)
 def pixel_x_gradient(t:Trace):
     "Input times gradient at the pixels, summed over the colours; any model has it (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(None)
     return t.pixels, placed.sum(-1) + unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #5a627da2
+# %% ../nbs/11_gradient_maps.ipynb #3b5324d2
 @method('fullgrad')
 def fullgrad(t:Trace, block:int=0):
     "Input times gradient at the input of a block plus all constants from there on (Srinivas & Fleuret 2019)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block] + placed, unplaced
 
-# %% ../nbs/11_gradient_maps.ipynb #0a6de52a
+# %% ../nbs/11_gradient_maps.ipynb #4ee1f1c2
 @method('skip_plus_once', skip=True, constants='once')
 @method('skip_plus', skip=True)
 @method('fullgrad_plus_once', constants='once')

@@ -6,16 +6,16 @@
 __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid', 'Inputs', 'read_inputs', 'check_images',
            'choose']
 
-# %% ../nbs/09_tokens.ipynb #a0f9f68e
+# %% ../nbs/09_tokens.ipynb #881b7230
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-# %% ../nbs/09_tokens.ipynb #3c59af37
+# %% ../nbs/09_tokens.ipynb #956d502f
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #8020fe97
+# %% ../nbs/09_tokens.ipynb #372c06c2
 def members(m):
     "The blocks inside a stage, or the module itself where it is one block"
     inner = getattr(m, 'blocks', m)
@@ -23,7 +23,7 @@ def members(m):
     parts = [c for c in inner if any(True for _ in c.children())]  # a layer has no parts, a block has
     return [b for c in parts for b in members(c)] if 2*len(parts) > len(inner) else [m]
 
-# %% ../nbs/09_tokens.ipynb #700b7187
+# %% ../nbs/09_tokens.ipynb #e36c8412
 def _owner(model):
     "The model inside a wrapper: the first module that lists features, or else the model"
     return next((m for m in model.modules() if hasattr(m, 'feature_info')), model)
@@ -36,13 +36,13 @@ def _stages(model):
     except (AttributeError, KeyError, TypeError): return []  # some models list features that are no modules of theirs
     names = []
     for name, m in found.items():
-        parent, _, last = name.rpartition('.')
+        parent = name.rpartition('.')[0]
         row = model.get_submodule(parent)
-        beside = [f'{parent}.{k}' for k, _ in row.named_children()] if isinstance(row, (nn.ModuleList, nn.Sequential)) else [name]
-        names += [n for n in beside if n not in names]
-    return names
+        listed = isinstance(row, (nn.ModuleList, nn.Sequential))
+        names += [f'{parent}.{k}' for k, _ in row.named_children()] if listed else [name]
+    return list(dict.fromkeys(names))
 
-# %% ../nbs/09_tokens.ipynb #193b3cbb
+# %% ../nbs/09_tokens.ipynb #6fb15d17
 def _largest_list(model):
     "Names of the modules in the list of like modules that holds most parameters"
     def like(m): return isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1 and len({type(c) for c in m}) == 1
@@ -50,7 +50,7 @@ def _largest_list(model):
     name = max(lists, key=lists.get, default=None)
     return [] if name is None else [f'{name}.{k}'.lstrip('.') for k, _ in model.get_submodule(name).named_children()]
 
-# %% ../nbs/09_tokens.ipynb #508bcd39
+# %% ../nbs/09_tokens.ipynb #b9082c56
 def _norm_before(model, name):
     "The normalisation that stands right in front of the module of that name, or of a list that it is in; or None"
     while name:
@@ -66,7 +66,7 @@ def _blocks(model):
     norm = _norm_before(model, names[0]) if names else None
     return blocks if norm is None else [norm, *blocks[1:]]
 
-# %% ../nbs/09_tokens.ipynb #06e8de3b
+# %% ../nbs/09_tokens.ipynb #f53f3117
 @dataclass(frozen=True)
 class State:
     "How one tensor keeps its tokens"
@@ -87,7 +87,7 @@ class State:
         axes = self.axes if axes is None else axes
         return part.movedim(axes, tuple(range(1, len(axes) + 1))).flatten(1, len(axes)).flatten(2).sum(-1)
 
-# %% ../nbs/09_tokens.ipynb #ede3693d
+# %% ../nbs/09_tokens.ipynb #e95733a4
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -130,7 +130,7 @@ class Layout:
             fits = [] if last is None else [(1, 2) if last else (2, 3)]
         return State(fits[0], tuple(shape[a] for a in fits[0]), 0, shape[1 if fits[0] == (2, 3) else 3]) if fits else None
 
-# %% ../nbs/09_tokens.ipynb #a51b6efb
+# %% ../nbs/09_tokens.ipynb #cfeec0fb
 def _like(h, w, H, W):
     "Whether h x w cells can be a coarse picture of H x W pixels: the same proportions to within one cell"
     return h < H and w < W and (h == w if H == W else abs(h*W - w*H) < max(H, W))
@@ -145,7 +145,7 @@ def _rerolled(reroll, shape, block):
     except (KeyError, RuntimeError): return None
     return State((1,), tuple(order.shape), 0, shape[2], order.flatten()) if order.ndim == 2 else None
 
-# %% ../nbs/09_tokens.ipynb #df416fd8
+# %% ../nbs/09_tokens.ipynb #ad5f004d
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
@@ -169,7 +169,7 @@ def _grids(model, grid, size):
     coarse = [tuple(f(s, r) for s in size) for r in steps for f in (lambda s, r: s//r, lambda s, r: -(-s//r))]
     return tuple(dict.fromkeys(([grid] if grid else []) + [g for g in coarse if min(g) > 0]))
 
-# %% ../nbs/09_tokens.ipynb #17b735ea
+# %% ../nbs/09_tokens.ipynb #807c27a1
 def layout(
     model,
     x:torch.Tensor, # images [B, C, H, W], or token ids [B, N]
@@ -179,10 +179,11 @@ def layout(
     size, grid = tuple(x.shape[-2:]), _embedded_grid(model, x)
     inner, formats = _owner(model), dict(NHWC=True, NCHW=False)
     announced = _patch_embedding(model) is not None or hasattr(inner, 'feature_info')
-    return Layout(_blocks(model), grid, getattr(inner, 'num_prefix_tokens', 0 if announced else None), size, _grids(model, grid, size),
+    prefix = getattr(inner, 'num_prefix_tokens', 0 if announced else None)
+    return Layout(_blocks(model), grid, prefix, size, _grids(model, grid, size),
                   formats.get(str(getattr(inner, 'output_fmt', None)).rpartition('.')[2]), getattr(inner, 'reroll', None))
 
-# %% ../nbs/09_tokens.ipynb #20906738
+# %% ../nbs/09_tokens.ipynb #9361d0a8
 def overlap(m:int, n:int)->torch.Tensor:
     "Which share of each of `n` cells falls on each of `m` cells of the same length: [m, n], columns sum to 1"
     i, j = torch.arange(m)[:, None], torch.arange(n)
@@ -198,7 +199,7 @@ def spread(
     rows, cols = (overlap(m, n).to(values) for m, n in zip(grid, values.shape[1:]))
     return rows @ values @ cols.T
 
-# %% ../nbs/09_tokens.ipynb #62cd3a7d
+# %% ../nbs/09_tokens.ipynb #8df7b35f
 def on_grid(
     tokens:torch.Tensor, # [B, n] in the order of `state`
     state:State,
@@ -210,7 +211,7 @@ def on_grid(
     patches = spread(patches.reshape(len(tokens), *state.grid), grid).flatten(1)
     return torch.cat([front, front.new_zeros(len(front), prefix - state.prefix), patches], 1)
 
-# %% ../nbs/09_tokens.ipynb #14f75eba
+# %% ../nbs/09_tokens.ipynb #eac94f87
 @dataclass
 class Inputs:
     "What goes into a model, and which part of it is explained"
@@ -231,7 +232,7 @@ class Inputs:
         places = torch.arange(self.x.shape[1], device=self.x.device)
         return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
 
-# %% ../nbs/09_tokens.ipynb #6c580fcc
+# %% ../nbs/09_tokens.ipynb #965fecda
 def read_inputs(model, inputs)->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module): raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
@@ -251,7 +252,7 @@ def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     read_inputs(model, images)
 
-# %% ../nbs/09_tokens.ipynb #2e950c52
+# %% ../nbs/09_tokens.ipynb #c4f2b090
 def _main(given):
     "Name of the argument that is explained"
     for key in ('pixel_values', 'input_ids'):
@@ -270,7 +271,7 @@ def _check_images(images):
         f'images are {images.dtype}: convert and normalise them first, e.g. (images/255 - mean)/std, as the transform of the model does')
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
-# %% ../nbs/09_tokens.ipynb #29e52684
+# %% ../nbs/09_tokens.ipynb #c790b864
 def _check_model(model, x):
     "Mode, device and dtype of the model against its input"
     parts = list(model.named_modules())
@@ -287,7 +288,7 @@ def _check_model(model, x):
     if x.is_floating_point() and p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {x.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #d3fb2c0a
+# %% ../nbs/09_tokens.ipynb #fd369324
 def _check_size(model, images):
     "Channels and size against what the patch embedding takes, where that is the first thing in the model"
     embed = _patch_embedding(model)
@@ -300,7 +301,7 @@ def _check_size(model, images):
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #9ca0987b
+# %% ../nbs/09_tokens.ipynb #8e3fd5de
 def choose(
     output,       # what the model returned: [B, classes], or an object with such `.logits`; of a language model [B, N, V]
     target=None,  # None (predicted class), int, one class per image, or a function of the output
@@ -320,7 +321,7 @@ def choose(
     score = logits.softmax(-1) if of=='probability' else logits
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #0a7040bd
+# %% ../nbs/09_tokens.ipynb #856e66fd
 def _logits(output, last):
     "Scores of the classes [B, classes]"
     logits = getattr(output, 'logits', output)

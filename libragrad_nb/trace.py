@@ -6,23 +6,23 @@
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'TokenTally', 'listen', 'bottlenecks', 'prefix_in_front',
            'Trace', 'start', 'trace']
 
-# %% ../nbs/10_trace.ipynb #7b7dd711
+# %% ../nbs/10_trace.ipynb #0e363376
 import math, threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #55d7b40a
+# %% ../nbs/10_trace.ipynb #93efa36e
 import torch
 from torch import nn
 
-# %% ../nbs/10_trace.ipynb #eaa5e654
+# %% ../nbs/10_trace.ipynb #dfa0fbfe
 from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
-# %% ../nbs/10_trace.ipynb #4d043985
+# %% ../nbs/10_trace.ipynb #19c6699d
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -34,7 +34,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #3c267080
+# %% ../nbs/10_trace.ipynb #9a7028be
 def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
@@ -47,18 +47,20 @@ def token_axes(
     axis = token_axis(shape, state.n, before)
     return axis and (axis,)
 
-# %% ../nbs/10_trace.ipynb #faf848d1
+# %% ../nbs/10_trace.ipynb #adedf1ab
 def placed(
     part:torch.Tensor, # what a constant contributes, shaped like the operation's output
     state:State,
     batch:int,
     before=None,       # shape of the operation's input
 ):                     # its tokens, and a `State` that says where they belong; or None
-    if part.ndim == 2 and len(part) == batch*state.n: return part.view(batch, state.n, -1).sum(-1), state  # texts laid end to end, [B*N, C]
+    "The tokens [B, n] that the parts of a constant belong to"
+    end_to_end = part.ndim == 2 and len(part) == batch*state.n  # [B*N, C]
+    if end_to_end: return part.view(batch, state.n, -1).sum(-1), state
     axes = token_axes(part.shape, state, before) if part.ndim and len(part) == batch else None
     return axes and (state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
-# %% ../nbs/10_trace.ipynb #67bead77
+# %% ../nbs/10_trace.ipynb #cf0772f0
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -66,7 +68,7 @@ def per_image(part, batch):
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #4adf543c
+# %% ../nbs/10_trace.ipynb #8a1adcea
 def meet(
     h:torch.Tensor,
     note,           # called with the gradient of `h` as it is now
@@ -75,7 +77,7 @@ def meet(
     h.register_hook(note)
     return swap_backward(h, h) if h._is_view() else h
 
-# %% ../nbs/10_trace.ipynb #fb5a07da
+# %% ../nbs/10_trace.ipynb #b8d1d839
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
@@ -97,7 +99,8 @@ class TokenTally(Tally):
         tokens = self.states[i].tokens(g.to(self.dtype)*h)
         self.input_x_gradient[self.kept.index(i)] += on_grid(tokens, self.states[i], self.grid, self.prefix)
 
-    def where(self, args, out): return len(self.states), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
+    def where(self, args, out):
+        return len(self.states), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
 
     def add(self, g, c, where):
         (met, before), part = where, g.to(self.dtype)*c
@@ -117,7 +120,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(len(kept), self.batch, n)
         self.constants, self.unplaced = new(len(kept) + 1, self.batch, n), new(len(kept) + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #d71ed8e8
+# %% ../nbs/10_trace.ipynb #d7787dcf
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -132,7 +135,7 @@ def listen(tally:TokenTally):
         for stage in tally.plan.stages: undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #f3b77197
+# %% ../nbs/10_trace.ipynb #359852e0
 def bottlenecks(
     scores, # tensors
     end,    # node of the graph at the input
@@ -152,16 +155,17 @@ def bottlenecks(
     total = sum(ways[n] for n, _ in roots)
     return [i for i, s in enumerate(states) if ways.get(s[0], 0)*tensor[s] == total]
 
-# %% ../nbs/10_trace.ipynb #5961a76c
+# %% ../nbs/10_trace.ipynb #fe418b2f
 def prefix_in_front(tally:TokenTally, leaf):
     "Whether the tokens before the patches of the first state are the same for any image"
     h, p = tally.first, tally.states[0].prefix if tally.states else 0
     if not p or tally.plan.prefix is not None: return True
     tally.clear(leaf, [])  # its hooks will fire
-    g, = torch.autograd.grad(h, leaf, torch.cat([torch.rand_like(h[:, :p]), torch.zeros_like(h[:, p:])], 1), retain_graph=True)
+    v = torch.cat([torch.ones_like(h[:, :p]), torch.zeros_like(h[:, p:])], 1)
+    g, = torch.autograd.grad(h, leaf, v*torch.linspace(1, 2, h.shape[-1]).to(v), retain_graph=True)
     return not g.any()
 
-# %% ../nbs/10_trace.ipynb #8fd5b9c7
+# %% ../nbs/10_trace.ipynb #243e6aec
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -188,7 +192,7 @@ class Trace:
         here = self.pixels.flatten(1) if block is None else self.input_x_gradient[block]
         return self.score - here.sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #a1596d7d
+# %% ../nbs/10_trace.ipynb #acb0a16d
 class _Start:
     "The tensor where gradients end, and the clone that the model gets"
     def __init__(self, x=None): self.leaf = self.fed = None; self.begin(x) if x is not None else None
@@ -214,7 +218,7 @@ def start(model, data):
         for m in _embeddings(model): undo.callback(m.register_forward_hook(hook).remove)
         yield begun
 
-# %% ../nbs/10_trace.ipynb #ae3f73d6
+# %% ../nbs/10_trace.ipynb #a547ed64
 def trace(
     model,
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -233,20 +237,22 @@ def trace(
             output = data.call(model, data.x if data.text else begun.fed)
         with libra(rules='plain'): scores = [choose(output, t, of, data.last()) for t in targets]  # also inside a `libra` of the caller
         _check_scores(scores, begun)
-        kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if prefix_in_front(tally, begun.leaf) else []
+        sure = prefix_in_front(tally, begun.leaf)
+        kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #af287bff
+# %% ../nbs/10_trace.ipynb #c4537154
 def _check_scores(scores, begun):
     for score, _ in scores:
-        if begun.leaf is None: raise ValueError('no embedding of the model received the token ids: pass images, or the ids that its input embedding takes')
+        if begun.leaf is None: raise ValueError(
+            'no embedding of the model received the token ids: pass images, or the ids that its input embedding takes')
         if not score.requires_grad: raise ValueError(
             'no operation of the model lets a gradient through from its output to the images: it may be scripted, quantised, or run under torch.no_grad inside')
         if len(score) != len(begun.leaf): raise ValueError(f'the target function returned {len(score)} scores for {len(begun.leaf)} images')
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
-# %% ../nbs/10_trace.ipynb #8c7ee8aa
+# %% ../nbs/10_trace.ipynb #1c6d180f
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
     try: g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
