@@ -6,23 +6,23 @@
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'TokenTally', 'listen', 'bottlenecks', 'prefix_in_front',
            'Trace', 'start', 'trace']
 
-# %% ../nbs/10_trace.ipynb #0e363376
+# %% ../nbs/10_trace.ipynb #b482d5f7
 import math, threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #93efa36e
+# %% ../nbs/10_trace.ipynb #a2e2bcf1
 import torch
 from torch import nn
 
-# %% ../nbs/10_trace.ipynb #dfa0fbfe
+# %% ../nbs/10_trace.ipynb #ff97d980
 from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
-# %% ../nbs/10_trace.ipynb #19c6699d
+# %% ../nbs/10_trace.ipynb #1c7fa6e7
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -34,7 +34,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #9a7028be
+# %% ../nbs/10_trace.ipynb #7ebfd602
 def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
@@ -47,7 +47,7 @@ def token_axes(
     axis = token_axis(shape, state.n, before)
     return axis and (axis,)
 
-# %% ../nbs/10_trace.ipynb #adedf1ab
+# %% ../nbs/10_trace.ipynb #46f1f0a0
 def placed(
     part:torch.Tensor, # what a constant contributes, shaped like the operation's output
     state:State,
@@ -60,7 +60,7 @@ def placed(
     axes = token_axes(part.shape, state, before) if part.ndim and len(part) == batch else None
     return axes and (state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
-# %% ../nbs/10_trace.ipynb #cf0772f0
+# %% ../nbs/10_trace.ipynb #605b731b
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -68,7 +68,7 @@ def per_image(part, batch):
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #8a1adcea
+# %% ../nbs/10_trace.ipynb #e570bab4
 def meet(
     h:torch.Tensor,
     note,           # called with the gradient of `h` as it is now
@@ -77,7 +77,7 @@ def meet(
     h.register_hook(note)
     return swap_backward(h, h) if h._is_view() else h
 
-# %% ../nbs/10_trace.ipynb #b8d1d839
+# %% ../nbs/10_trace.ipynb #fb9f866b
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
@@ -90,7 +90,7 @@ class TokenTally(Tally):
         state = self.plan.state(h.shape, module, i) if h.requires_grad and len(h) == self.batch else None
         if state is None: return h
         copy = h.detach().clone()  # the block may overwrite it
-        if not i: self.first = h
+        if not i: self.first = swap_backward(h, h)
         self.states.append(state); self.nodes.append((h.grad_fn, h.output_nr))
         return meet(h, lambda g: self.note(g, copy, i))
 
@@ -104,7 +104,8 @@ class TokenTally(Tally):
 
     def add(self, g, c, where):
         (met, before), part = where, g.to(self.dtype)*c
-        stage, near = sum(i < met for i in self.kept), [self.states[i] for i in (met - 1, met) if i in self.kept]
+        stage = sum(i < met for i in self.kept)
+        near = [self.states[i] for i in (met - 1, met) if i in self.kept]
         found = next(filter(None, (placed(part, state, self.batch, before) for state in near)), None)
         if found: self.constants[stage] += on_grid(*found, self.grid, self.prefix)
         else: self.unplaced[stage] += per_image(part, self.batch)
@@ -120,7 +121,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(len(kept), self.batch, n)
         self.constants, self.unplaced = new(len(kept) + 1, self.batch, n), new(len(kept) + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #d7787dcf
+# %% ../nbs/10_trace.ipynb #d1c55304
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -132,10 +133,11 @@ def listen(tally:TokenTally):
         twin = tally.meet(h, module)
         return ((twin, *args[1:]), kwargs) if k == 0 else (args, {**kwargs, k: twin})
     with ExitStack() as undo:
-        for stage in tally.plan.stages: undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for stage in tally.plan.stages:
+            undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #359852e0
+# %% ../nbs/10_trace.ipynb #7dba5919
 def bottlenecks(
     scores, # tensors
     end,    # node of the graph at the input
@@ -149,13 +151,13 @@ def bottlenecks(
         n, done = todo.pop()
         if done: ways[n] = 1 if n is end else sum(ways[m] for m, _ in behind(n)); order.append(n)
         elif n not in ways: ways[n] = 0; todo += [(n, True), *((m, False) for m, _ in behind(n))]
-    node, tensor = Counter(n for n, _ in roots), Counter(roots)  # ways from the scores to a node, and to an output of it
+    node, tensor = Counter(n for n, _ in roots), Counter(roots)  # ways from the scores to here
     for n in reversed(order):
         for m, k in behind(n): node[m] += node[n]; tensor[m, k] += node[n]
     total = sum(ways[n] for n, _ in roots)
     return [i for i, s in enumerate(states) if ways.get(s[0], 0)*tensor[s] == total]
 
-# %% ../nbs/10_trace.ipynb #fe418b2f
+# %% ../nbs/10_trace.ipynb #97e84a6c
 def prefix_in_front(tally:TokenTally, leaf):
     "Whether the tokens before the patches of the first state are the same for any image"
     h, p = tally.first, tally.states[0].prefix if tally.states else 0
@@ -165,7 +167,7 @@ def prefix_in_front(tally:TokenTally, leaf):
     g, = torch.autograd.grad(h, leaf, v*torch.linspace(1, 2, h.shape[-1]).to(v), retain_graph=True)
     return not g.any()
 
-# %% ../nbs/10_trace.ipynb #243e6aec
+# %% ../nbs/10_trace.ipynb #0c576e01
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -192,7 +194,7 @@ class Trace:
         here = self.pixels.flatten(1) if block is None else self.input_x_gradient[block]
         return self.score - here.sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #acb0a16d
+# %% ../nbs/10_trace.ipynb #371ab39d
 class _Start:
     "The tensor where gradients end, and the clone that the model gets"
     def __init__(self, x=None): self.leaf = self.fed = None; self.begin(x) if x is not None else None
@@ -218,7 +220,7 @@ def start(model, data):
         for m in _embeddings(model): undo.callback(m.register_forward_hook(hook).remove)
         yield begun
 
-# %% ../nbs/10_trace.ipynb #a547ed64
+# %% ../nbs/10_trace.ipynb #123317e1
 def trace(
     model,
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -241,7 +243,7 @@ def trace(
         kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #c4537154
+# %% ../nbs/10_trace.ipynb #c6e192f3
 def _check_scores(scores, begun):
     for score, _ in scores:
         if begun.leaf is None: raise ValueError(
@@ -252,7 +254,7 @@ def _check_scores(scores, begun):
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
-# %% ../nbs/10_trace.ipynb #1c6d180f
+# %% ../nbs/10_trace.ipynb #380ab5c7
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
     try: g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
