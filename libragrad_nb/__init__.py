@@ -4,3 +4,5 @@ from . import affine, activations, attention, layernorm, gating  # each fills it
 from .core import completeness_error, libra, rule
 from .explain import Attribution, explain
 from .gradient_maps import methods
+from .ledger import Ledger, ledger, water_level
+from .presets import only, without

@@ -6,26 +6,31 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #a1b05709
+# %% ../nbs/00_core.ipynb #1e6da2f2
 import threading
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #283e94c8
+# %% ../nbs/00_core.ipynb #c8493197
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #69831f31
+# %% ../nbs/00_core.ipynb #6879dddc
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #5805afe4
+# %% ../nbs/00_core.ipynb #4da73e06
 class _Swap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, surrogate): return value.detach()
+    def forward(ctx, value, surrogate, *gates):
+        ctx.save_for_backward(*gates)
+        return value.detach()
     @staticmethod
-    def backward(ctx, g): return None, g
+    def backward(ctx, g):
+        gates = ctx.saved_tensors
+        for gate in gates: g = g*gate
+        return None, g, *[None]*len(gates)
 
 def swap_backward(
     value:torch.Tensor,     # what the forward pass returns, bit for bit
@@ -34,26 +39,16 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #c9460892
-class _Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value, x, *gates):
-        ctx.save_for_backward(*gates)
-        return value.detach()
-    @staticmethod
-    def backward(ctx, g):
-        for gate in ctx.saved_tensors: g = g*gate
-        return None, g, *[None]*len(ctx.saved_tensors)
-
+# %% ../nbs/00_core.ipynb #3031cde7
 def scale_backward(
     value:torch.Tensor,  # what the forward pass returns, bit for bit
     x:torch.Tensor,      # same shape as `value`; where the gradient goes
     *gates:torch.Tensor, # constants, each broadcastable to `x`
 )->torch.Tensor:
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
-    return _Scale.apply(value.detach(), x, *gates)
+    return _Swap.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #8415c612
+# %% ../nbs/00_core.ipynb #109bc7ee
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -75,7 +70,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #d1f16419
+# %% ../nbs/00_core.ipynb #6a58d8fd
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -96,10 +91,10 @@ class _Mode(TorchFunctionMode):
         args, kwargs = _freeze(args), {k: _freeze(v) for k,v in kwargs.items()}
         handler, note = self.rules.get(op), self.tally and self.tally(op, args, kwargs)
         out = op(*args, **kwargs) if handler is None else handler(op, *args, **kwargs)
-        if note: note(out)
+        if note: note(args[0] if out is None else out)  # x[i] = y returns None
         return out
 
-# %% ../nbs/00_core.ipynb #fc343472
+# %% ../nbs/00_core.ipynb #685f138a
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -113,7 +108,7 @@ def _hook_modules(model, mode):
         if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 
-# %% ../nbs/00_core.ipynb #c4235481
+# %% ../nbs/00_core.ipynb #18a1a1fb
 @contextmanager
 def libra(
     model=None,    # the model, or any function; it is not changed
@@ -128,7 +123,7 @@ def libra(
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #f6ef33ae
+# %% ../nbs/00_core.ipynb #526edc0d
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -154,7 +149,7 @@ class Tally:
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #edad8e85
+# %% ../nbs/00_core.ipynb #7fce5ce8
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -169,7 +164,7 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #79f7243d
+# %% ../nbs/00_core.ipynb #644110b9
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/05_self_gating.ipynb #9bfa6849
+# %% ../nbs/05_self_gating.ipynb #e42cb733
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import *
-from .activations import gated
+from .activations import constant_gate, gated
 from .affine import at_zero, depends
 
-# %% ../nbs/05_self_gating.ipynb #5c09c682
+# %% ../nbs/05_self_gating.ipynb #1f487f39
 class _Share(torch.autograd.Function):
     "The same tensor, its gradient divided by `n`"
     @staticmethod
@@ -28,7 +28,7 @@ def _share(*factors):
     n = sum(map(depends, factors))
     return [_Share.apply(f, n) if n > 1 and depends(f) else f for f in factors]
 
-# %% ../nbs/05_self_gating.ipynb #27878c55
+# %% ../nbs/05_self_gating.ipynb #d139988c
 _products = 'mul multiply matmul mm bmm mv dot vdot inner outer'.split()
 @rule('gating', *[getattr(o, n) for o in (torch, Tensor) for n in _products], torch.tensordot,
       torch.linalg.matmul, torch.linalg.vecdot, Tensor.__mul__, Tensor.__rmul__, Tensor.__matmul__, Tensor.__rmatmul__)
@@ -46,31 +46,31 @@ def _product_(op, input, other):
     if depends(input) and depends(other): return input.copy_(_product(Tensor.mul, input.clone(), other))
     return op(input, other)
 
-# %% ../nbs/05_self_gating.ipynb #f8e1b46c
+# %% ../nbs/05_self_gating.ipynb #0840a236
 _plus = 'addmm addbmm baddbmm addmv addcmul'.split()
 @rule('gating', *[getattr(torch, n) for n in _plus], *[getattr(Tensor, n + end) for n in _plus for end in ('', '_')])
-def _plus_product(op, input, *args, **kwargs):
-    return _product(lambda *a, **k: op(input, *a, **k), *args, **kwargs)
+def _plus_product(op, input, *args, **kwargs): return _product(lambda *a, **k: op(input, *a, **k), *args, **kwargs)
 
 @rule('gating', F.linear, F.bilinear, *[getattr(F, f'conv{n}d') for n in (1, 2, 3)])
 def _applied(op, input, weight, *args, **kwargs): return op(*_share(input, weight), *args, **kwargs)
 
 additive(F.bilinear)(at_zero);
 
-# %% ../nbs/05_self_gating.ipynb #8a96fa75
+# %% ../nbs/05_self_gating.ipynb #2c5ae8ea
 @rule('gating', torch.pow, torch.square, torch.sqrt,
       *[getattr(Tensor, n) for n in 'pow square sqrt pow_ square_ sqrt_ __pow__ __ipow__ __rpow__'.split()])
 def _power(op, input, exponent=None):
     k = exponent if exponent is not None else 2 if 'square' in op.__name__ else .5
     args = [] if exponent is None else [const(k) if depends(k) else k]
     constant = depends(k) or op is Tensor.__rpow__ or (k.max() if isinstance(k, Tensor) else k) <= 0
-    if constant or not depends(input): return op(const(input) if depends(input) else input, *args)
+    if not depends(input): return op(input, *args)
+    if constant: return constant_gate(op, input, *args)
     return gated(op, input, const(input)**(k - 1), *args)
 
 @rule('gating', torch.var, Tensor.var)
 def _var(op, input, *args, **kwargs): return op(_Share.apply(input, 2), *args, **kwargs)
 
-# %% ../nbs/05_self_gating.ipynb #60eebc39
+# %% ../nbs/05_self_gating.ipynb #0b0c5aec
 @rule('gating', F.cosine_similarity)
 def _cosine_similarity(op, x1, x2, dim=1, eps=1e-8):
     u1, u2 = (t/const(t).norm(dim=dim, keepdim=True).clamp_min(eps) for t in _share(x1, x2))

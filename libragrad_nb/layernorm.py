@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04_layernorm.ipynb #d8389f9c
+# %% ../nbs/04_layernorm.ipynb #b4adee3e
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import *
+from .activations import constant_gate
 from .affine import at_zero
 
-# %% ../nbs/04_layernorm.ipynb #aede588b
+# %% ../nbs/04_layernorm.ipynb #bfd50534
 class _Standardise(torch.autograd.Function):
     "`value`, with the gradient of `(x - x.mean())*const(r)*weight`; r: [*groups, 1]"
     @staticmethod
@@ -31,7 +32,7 @@ def _yardstick(x, eps, centre=True):
     if centre: x = x - x.mean(-1, keepdim=True)
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-# %% ../nbs/04_layernorm.ipynb #e56c84ed
+# %% ../nbs/04_layernorm.ipynb #1ad90e60
 @rule('layernorm', F.layer_norm, torch.layer_norm)
 def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *_, **__):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -40,7 +41,7 @@ def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *
     else: value, r = op(x, normalized_shape, weight, bias, eps), _yardstick(x.reshape(*groups, -1), eps)
     return _Standardise.apply(value, input, r.view(*groups, 1), weight)
 
-# %% ../nbs/04_layernorm.ipynb #317a1ed4
+# %% ../nbs/04_layernorm.ipynb #d2d7c644
 @rule('layernorm', F.rms_norm, torch.rms_norm)
 def _rms_norm(op, input, normalized_shape, weight=None, eps=None):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -53,22 +54,19 @@ def _normalize(op, input, p=2., dim=1, eps=1e-12, **_):
     x = const(input)
     return scale_backward(op(x, p, dim, eps), input, 1/x.norm(p, dim, keepdim=True).clamp_min(eps))
 
-# %% ../nbs/04_layernorm.ipynb #a4c587da
-@rule('layernorm', torch.rsqrt, Tensor.rsqrt, Tensor.rsqrt_, torch.reciprocal, Tensor.reciprocal, Tensor.reciprocal_)
-def _reciprocal(op, input): return op(const(input))
+# %% ../nbs/04_layernorm.ipynb #68bd7521
+@rule('layernorm', Tensor.__rdiv__, Tensor.__rtruediv__, # 1/x is x.__rdiv__(1)
+      *[getattr(o, n) for o in (torch, Tensor) for n in 'rsqrt rsqrt_ reciprocal reciprocal_'.split()])
+def _reciprocal(op, input, *args): return constant_gate(op, input, *args)
 
 @rule('layernorm', torch.div, torch.divide, torch.true_divide,
       *[getattr(Tensor, n) for n in 'div divide true_divide div_ divide_ true_divide_ __truediv__ __itruediv__'.split()])
-def _divide(op, input, other, **kwargs):
-    return op(input, const(other) if isinstance(other, Tensor) else other, **kwargs)
-
-@rule('layernorm', Tensor.__rdiv__, Tensor.__rtruediv__) # 1/x is x.__rdiv__(1)
-def _divided_by(op, input, other): return op(const(input), other)
+def _divide(op, input, other, **kwargs): return op(input, const(other) if isinstance(other, Tensor) else other, **kwargs)
 
 @rule('layernorm', torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_)
 def _plus_quotient(op, input, tensor1, tensor2, **kwargs): return op(input, tensor1, const(tensor2), **kwargs)
 
-# %% ../nbs/04_layernorm.ipynb #ccd6b758
+# %% ../nbs/04_layernorm.ipynb #22110950
 @rule('layernorm', F.group_norm, torch.group_norm)
 def _group_norm(op, input, num_groups, weight=None, bias=None, eps=1e-5, *_, **__):
     per_channel = None if weight is None else weight.view(-1, *[1]*(input.ndim - 2))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'Book', 'Ledger', 'ledger', 'levels', 'water_level', 'unknown']
 
-# %% ../nbs/06_ledger.ipynb #06454ff3
+# %% ../nbs/06_ledger.ipynb #daf132f0
 import re, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 
-# %% ../nbs/06_ledger.ipynb #b42779cf
+# %% ../nbs/06_ledger.ipynb #950d48fe
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# %% ../nbs/06_ledger.ipynb #aad42553
+# %% ../nbs/06_ledger.ipynb #16a658d3
 from .core import *
 from .core import _here
 from . import affine, activations, attention, layernorm, gating
 from .affine import depends
 
-# %% ../nbs/06_ledger.ipynb #545db572
+# %% ../nbs/06_ledger.ipynb #ac9f4f21
 @dataclass(eq=False)
 class Row:
     "One operation of a forward pass; its flows are in units of the score"
@@ -44,7 +44,7 @@ class Row:
     @property
     def residual(self): return self.outflow - self.inflow - self.constants
 
-# %% ../nbs/06_ledger.ipynb #d7fc3bfc
+# %% ../nbs/06_ledger.ipynb #dafaa4bb
 class _Edge(torch.autograd.Function):
     "The same tensor on its way into an operation; the backward pass books what flows through it"
     @staticmethod
@@ -57,7 +57,7 @@ class _Edge(torch.autograd.Function):
         ctx.book.post(g, *ctx.entry)
         return g, None, None, None
 
-# %% ../nbs/06_ledger.ipynb #d7a60f97
+# %% ../nbs/06_ledger.ipynb #ddb1bdfd
 class _Held:
     "A value that the backward pass will ask for once"
     def __init__(self, t): self.value = t.detach()
@@ -89,7 +89,7 @@ class _Accounts:
         for row in views: row.inflow += amount; row.outflow += amount
         if taker: taker.inflow += amount
 
-# %% ../nbs/06_ledger.ipynb #681bd119
+# %% ../nbs/06_ledger.ipynb #c83b818d
 class _Source:
     "The row that wrote a piece of memory last"
     def __init__(self, row): self.row = row
@@ -137,7 +137,7 @@ class _Origins(_Accounts):
     def across(self, i, row, held, givers, gs, _):
         if gs[i] is not None: self.post(gs[i], _Held(held.value), givers, row)
 
-# %% ../nbs/06_ledger.ipynb #93375b53
+# %% ../nbs/06_ledger.ipynb #863840eb
 def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 def _flows(t): return depends(t) and not isinstance(t, nn.Parameter)
 
@@ -198,7 +198,7 @@ class Book(_Origins):
         if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
         return x if out is there else out
 
-# %% ../nbs/06_ledger.ipynb #dd1c3ee2
+# %% ../nbs/06_ledger.ipynb #3789ad77
 _PASS = set('__set__ register_hook requires_grad_ retain_grad backward detach_'.split())
 
 def _name(op):
@@ -231,7 +231,7 @@ class _RowTally(Tally):
         row.constants += amount
         self.total += amount
 
-# %% ../nbs/06_ledger.ipynb #84ad9057
+# %% ../nbs/06_ledger.ipynb #a2b8721e
 def _paths(model):
     "(path, block) of every module, by its id"
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
@@ -258,7 +258,7 @@ def _calls(model, book):
             undo.callback(m.register_forward_hook(leave, always_call=True).remove)
         yield
 
-# %% ../nbs/06_ledger.ipynb #8104617a
+# %% ../nbs/06_ledger.ipynb #ffefd282
 def _pick(output, target):
     "Score [B] of a class (None: the predicted one), or of a function of the output"
     if callable(target): return target(output)
@@ -285,7 +285,7 @@ def _keep_books(model, x, target, rules, parts, careful):
     sheet = Ledger(book.rows, total.item(), float(source.row.outflow), float(tally.total), x.dtype, '')
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
-# %% ../nbs/06_ledger.ipynb #fc2f5265
+# %% ../nbs/06_ledger.ipynb #3c0091a1
 @dataclass
 class Ledger:
     "Where a score went; all amounts are in its units, summed over the batch"
@@ -312,7 +312,7 @@ class Ledger:
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/06_ledger.ipynb #361e7c5e
+# %% ../nbs/06_ledger.ipynb #c6d306c0
 def ledger(
     model,          # a module, or any function of one tensor
     x:torch.Tensor, # its input, [B, ...]
@@ -343,7 +343,7 @@ def _audit(book, sheet, received):
     if missing > 1e-13*gross or apart > max(1e-13, 8*torch.finfo(sheet.dtype).eps)*gross: raise RuntimeError(
         f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, the input received {apart:.1e} that is not booked')
 
-# %% ../nbs/06_ledger.ipynb #1c5cc1e0
+# %% ../nbs/06_ledger.ipynb #4dca4b38
 def _at(row): return row.operation + (f' in {row.module}' if row.module else '')
 
 def _check_finite(book, sheet):
@@ -353,7 +353,7 @@ def _check_finite(book, sheet):
     bad = [r for r in sheet.rows if not np.isfinite(r.inflow + r.constants) and np.isfinite(r.outflow)]
     if bad: raise ValueError(f'the gradient is not finite any more below {_at(bad[-1])}')
 
-# %% ../nbs/06_ledger.ipynb #eb2efdcc
+# %% ../nbs/06_ledger.ipynb #8a35b56c
 def _by(sheet, what):
     "Amounts summed by 'operation', 'block', 'module' or 'rule'; 'row' for all rows"
     rows = pd.DataFrame([{**vars(r), 'residual': r.residual} for r in sheet.rows])
@@ -366,7 +366,7 @@ def _by(sheet, what):
     table['share'] = table.residual/sheet.score
     return table if what in ('block', 'module') else table.sort_values('residual', key=abs, ascending=False)
 
-# %% ../nbs/06_ledger.ipynb #5c89ce64
+# %% ../nbs/06_ledger.ipynb #2aae5eb3
 def _summary(sheet):
     leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
     return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4g} = input {sheet.attribution:.4g} + constants '
@@ -381,13 +381,13 @@ def _html(sheet, most=8):
     more = f'<p>and {len(kinds) - most} more kinds of operations</p>' if len(kinds) > most else ''
     return f'<p>{_summary(sheet)}</p>{table.to_html()}{more}'
 
-# %% ../nbs/06_ledger.ipynb #729157f1
+# %% ../nbs/06_ledger.ipynb #e8fa9854
 def levels(sheet:Ledger)->np.ndarray: # [rows + 1], the last one is at the output
     "What of the score is accounted for below each operation, from the input up"
     residuals = np.array([r.residual for r in sheet.rows])
     return sheet.score - np.append(residuals[::-1].cumsum()[::-1], 0)
 
-# %% ../nbs/06_ledger.ipynb #5d2f5f1d
+# %% ../nbs/06_ledger.ipynb #ee74b9ad
 def water_level(*sheets, width:float=7, most:int=4):
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
     import matplotlib.pyplot as plt
@@ -407,7 +407,7 @@ def water_level(*sheets, width:float=7, most:int=4):
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_ledger.ipynb #ca33e8c3
+# %% ../nbs/06_ledger.ipynb #d272ffd1
 def _draw_level(ax, sheet, color, colors):
     y, n = levels(sheet)[::-1], len(sheet.rows)
     x = np.arange(n + 1)/n
@@ -425,9 +425,9 @@ def _draw_blocks(ax, sheet):
         ax.axvspan(lo/n, hi/n, color='0.5', alpha=.12 if i % 2 else .05, lw=0)
         ax.text((lo + hi)/2/n, 1, names[lo].rpartition('.')[2], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color='0.4')
 
-# %% ../nbs/06_ledger.ipynb #a1a7948e
+# %% ../nbs/06_ledger.ipynb #cff16d6b
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
-    float_power atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
+    float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
     cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh'''.split()
 _unbalanced = {getattr(o, n) for o in (torch, Tensor, F, torch.special, torch.linalg) for n in _names if hasattr(o, n)}
 
@@ -444,7 +444,7 @@ def _without_rule(op, *args, **kwargs):
         if depends(t): t.register_hook(partial(_warn_once, mode, _name(op)))
     return out
 
-# %% ../nbs/06_ledger.ipynb #36599a0e
+# %% ../nbs/06_ledger.ipynb #85574364
 def unknown(
     model,           # a module, or any function of one tensor
     x:torch.Tensor,  # its input, [B, ...]
