@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'SMALL', 'HUGGING_FACE', 'enliven', 'settle', 'smallest', 'seeded', 'timm_model', 'FromEmbeddings',
-           'hugging_face_model', 'turnover', 'leak', 'read', 'committed', 'build', 'measure', 'peak', 'check',
-           'verdict', 'guard', 'isolated', 'versions', 'save', 'sweep', 'known_names', 'report', 'main', 'table']
+           'hugging_face_model', 'turnover', 'float32_inside', 'leak', 'read', 'committed', 'build', 'measure', 'peak',
+           'check', 'verdict', 'guard', 'isolated', 'versions', 'save', 'sweep', 'known_names', 'report', 'main',
+           'table']
 
-# %% ../nbs/22_support.ipynb #e151d5c7
+# %% ../nbs/22_support.ipynb #fbdaca09
 import argparse, difflib, json, math, os, re, signal, subprocess, sys, threading, time, warnings
 from functools import partial
 from importlib import import_module, metadata, resources
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# %% ../nbs/22_support.ipynb #f7f3725b
+# %% ../nbs/22_support.ipynb #e08eaec9
 import pandas as pd
 import timm, torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-# %% ../nbs/22_support.ipynb #3c5ed0e7
+# %% ../nbs/22_support.ipynb #17a602f5
 from .core import Tally, completeness_error, libra, tolerance
 from .ledger import ledger
 
-# %% ../nbs/22_support.ipynb #5dbbcd09
+# %% ../nbs/22_support.ipynb #df64ea73
 @torch.no_grad()
 def enliven(model, seed=0):
     "Add noise of 0.1 to every parameter that starts out (nearly) constant; returns the model"
@@ -33,7 +35,7 @@ def enliven(model, seed=0):
         if p.numel() == 1 or p.std() < 1e-3: p += .1*torch.randn(p.shape, generator=noise)
     return model
 
-# %% ../nbs/22_support.ipynb #32c2082f
+# %% ../nbs/22_support.ipynb #f62c3a97
 @torch.no_grad()
 def settle(model, images):
     "Let the batch norms take their statistics from these images; returns the model in evaluation mode"
@@ -42,7 +44,7 @@ def settle(model, images):
     if norms: model(images)
     return model.eval()
 
-# %% ../nbs/22_support.ipynb #5e29a14f
+# %% ../nbs/22_support.ipynb #bbb619d6
 def smallest(family):
     "The model of a timm family with the fewest parameters, counted without allocating any"
     sizes = {}
@@ -53,7 +55,7 @@ def smallest(family):
     if not sizes: raise ValueError(f'no model of the family {family} could be built')
     return min(sizes, key=sizes.get)
 
-# %% ../nbs/22_support.ipynb #2611f999
+# %% ../nbs/22_support.ipynb #f2f18ad8
 SIDES = (64, 96, 112, 128, 160, 192, 224, 240, 256)
 
 def seeded(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
@@ -77,15 +79,17 @@ def timm_model(
         except Exception as e: failure = e.with_traceback(None) # lets go of the model
     raise failure
 
-# %% ../nbs/22_support.ipynb #67b5d211
+# %% ../nbs/22_support.ipynb #a0458fe6
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, image_size=64, patch_size=16)
 
 class FromEmbeddings(nn.Module):
-    "A Hugging Face model as a function of one tensor, pixels or embedded words; returns its first output"
+    "A Hugging Face model as a function of one tensor, pixels or embedded words; returns what it pools, or else its first output"
     def __init__(self, model):
         super().__init__()
         self.model, self.key = model, 'pixel_values' if model.main_input_name == 'pixel_values' else 'inputs_embeds'
-    def forward(self, x): return self.model(**{self.key: x})[0]
+    def forward(self, x):
+        out = self.model(**{self.key: x})
+        return out.get('pooler_output', out[0])
 
 def hugging_face_model(
     name, # of a class in transformers
@@ -97,7 +101,7 @@ def hugging_face_model(
     f = enliven(FromEmbeddings(kind(kind.config_class(**SMALL)))).eval()
     return f, seeded(2, 3, 64, 64) if f.key == 'pixel_values' else seeded(2, 7, SMALL['hidden_size'])
 
-# %% ../nbs/22_support.ipynb #da26ab28
+# %% ../nbs/22_support.ipynb #d904c933
 class _Sizes(Tally):
     def add(self, g, c, where): self.total += (g.double()*c).abs().sum().item()
 
@@ -108,7 +112,20 @@ def turnover(f, x, rules='libra')->float:
     g, = torch.autograd.grad(y, x, y.sign())
     return ((g.double()*x).abs().sum().item() + tally.total)/y.double().abs().sum().item()
 
-# %% ../nbs/22_support.ipynb #97b36e0d
+# %% ../nbs/22_support.ipynb #0deb9c9f
+class _Narrow(TorchFunctionMode):
+    found = False
+    def __torch_function__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.found |= isinstance(out, torch.Tensor) and out.requires_grad and out.dtype == torch.float32
+        return out
+
+def float32_inside(f, x)->bool:
+    "Whether a float64 model does some of its computing in float32"
+    with _Narrow() as mode: f(x.double().requires_grad_())
+    return mode.found
+
+# %% ../nbs/22_support.ipynb #8178e00d
 def leak(f, x, rules='libra'):
     "The kind of operation that loses or makes up most, and its share of the score; None if nothing leaks"
     try: sheet = ledger(f, x, lambda y: y.abs().flatten(1).sum(1), rules)
@@ -117,7 +134,7 @@ def leak(f, x, rules='libra'):
     worst = sheet.by('operation').share
     return f'{worst.index[0]} {worst.iloc[0]:+.1%}'
 
-# %% ../nbs/22_support.ipynb #a30fd786
+# %% ../nbs/22_support.ipynb #8b08e4b7
 HUGGING_FACE = 'ViTModel Dinov2Model CLIPVisionModel SiglipVisionModel BertModel GPT2LMHeadModel LlamaForCausalLM'.split()
 
 def read(path):
@@ -139,10 +156,10 @@ def build(
     sides = [int(row['input'].split('x')[-1])] if 'input' in row else []
     return name, *timm_model(name, [*sides, *SIDES])
 
-# %% ../nbs/22_support.ipynb #882dc7b2
+# %% ../nbs/22_support.ipynb #dadb9c99
 def measure(f, x):
     "Completeness errors and turnover of a model, and whether its forward pass is unchanged"
-    row = {}
+    row = dict(float32_inside=float32_inside(f.double(), x))
     for dtype in (torch.float64, torch.float32):
         f, x, bits = f.to(dtype), x.to(dtype), torch.finfo(dtype).bits
         with torch.no_grad(): stock = f(x)
@@ -150,7 +167,7 @@ def measure(f, x):
         for rules in ('plain', 'libra'): row[f'{rules}{bits}'] = completeness_error(f, x, rules=rules)
     return row | dict(turnover=turnover(f, x), plain_leak=leak(f, x, 'plain'), leak=leak(f, x))
 
-# %% ../nbs/22_support.ipynb #9ddb61f3
+# %% ../nbs/22_support.ipynb #ac848b5c
 def peak()->float:
     "The most memory that this process has held, in GB; nan where Linux is not there to tell"
     try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
@@ -164,16 +181,18 @@ def check(name):
     row |= dict(seconds=time.time() - start, GB=peak())
     return {k: float(f'{v:.3g}') if type(v) is float else v for k, v in row.items()}
 
-# %% ../nbs/22_support.ipynb #18781f81
+# %% ../nbs/22_support.ipynb #3a070636
 def verdict(row)->str:
     "'complete', 'rounding', 'leaks', or 'failed' if there is no account"
     if row.get('reason'): return 'failed'
-    errors = {torch.float32: abs(row['libra32']), torch.float64: abs(row['libra64'])}
-    if all(e <= tolerance[t] for t, e in errors.items()): return 'complete'
-    rounds = max(errors.values()) <= torch.finfo(torch.float32).eps*row['turnover'] and not row['leak']
-    return 'rounding' if rounds else 'leaks'
+    e32, e64, eps = abs(row['libra32']), abs(row['libra64']), torch.finfo(torch.float32).eps
+    if e32 <= tolerance[torch.float32] and e64 <= tolerance[torch.float64]: return 'complete'
+    eps64 = eps if row['float32_inside'] else torch.finfo(torch.float64).eps
+    return 'rounding' if e32 <= eps*row['turnover'] and e64 <= eps64*row['turnover'] else 'leaks'
 
-# %% ../nbs/22_support.ipynb #ac0cac79
+
+
+# %% ../nbs/22_support.ipynb #d5c753f7
 def guard(
     limit:float, # GB
 ):
@@ -197,7 +216,7 @@ def isolated(
     except (IndexError, ValueError): pass
     return dict(name=name, reason=(p.stderr.strip().splitlines() or ['ended without a row'])[-1])
 
-# %% ../nbs/22_support.ipynb #718baf2d
+# %% ../nbs/22_support.ipynb #5474e49a
 def versions()->dict:
     "Versions that a row depends on; None for what is not installed"
     def of(package):
@@ -229,7 +248,7 @@ def sweep(
             save(rows, path)
     return rows
 
-# %% ../nbs/22_support.ipynb #054d0926
+# %% ../nbs/22_support.ipynb #ddb14be8
 def known_names(only=None):
     "All families, or the names in `only` if each is a family, a model of timm or a class of transformers"
     everything = [*timm.list_modules(), *HUGGING_FACE]
@@ -243,7 +262,7 @@ def _in_transformers(name):
     try: return hasattr(getattr(import_module('transformers'), name, None), 'config_class')
     except ImportError: return False
 
-# %% ../nbs/22_support.ipynb #6cff9d16
+# %% ../nbs/22_support.ipynb #afb40527
 def report(rows:dict):
     "Verdicts counted, and a line for each row that is not complete; returns the names that were complete in the committed table"
     verdicts = {n: verdict(r) for n, r in rows.items()}
@@ -272,10 +291,10 @@ def main(args=None):
     rows = sweep(names, o.out, o.again, o.jobs, timeout=o.timeout, worker=worker)
     if worse := report({n: rows[n] for n in names}): sys.exit(f'complete before, and not now: {", ".join(worse)}')
 
-# %% ../nbs/22_support.ipynb #66c60b1d
+# %% ../nbs/22_support.ipynb #69f76cc1
 if __name__ == '__main__' and '__file__' in globals(): main()
 
-# %% ../nbs/22_support.ipynb #d6f00004
+# %% ../nbs/22_support.ipynb #f274b63d
 def table(rows=None)->pd.DataFrame:
     "The committed rows, or others, as a table with verdicts, what is not complete first"
     t = pd.DataFrame((committed() if rows is None else rows).values())
