@@ -1,5 +1,6 @@
 "The support matrix: a sample of families in this process, and what happens to a row, a file and a name that go wrong"
-import json, sys
+import json, os, signal, sys, time
+from pathlib import Path
 
 import pytest, torch
 from torch import nn
@@ -38,6 +39,7 @@ def test_family(name):
     if abs(then['plain64']) > 1e-3 and abs(then['plain64']) < 2: assert abs(row['plain64']) > 1e-4 # the witness still has something to lose
 
 
+@pytest.mark.filterwarnings("ignore:cumprod")
 def test_a_leak_is_called_one():
     class Leaky(nn.Module):
         def forward(self, x): return x.cumprod(-1)
@@ -45,22 +47,24 @@ def test_a_leak_is_called_one():
     assert verdict(row) == 'leaks' and row['leak'].startswith('cumprod')
 
 
-def script(code): return (sys.executable, '-c', code)
+def fail(name): return 1/0
+def no_row(name): return 3
+def print_row(name):
+    Path(f'{name}.ran').touch()
+    return dict(libra32=0, libra64=0)
 
-@pytest.mark.parametrize('code,reason', [
-    ('import os; os._exit(3)', 'ended without a row'), ('import os; os.abort()', 'SIGABRT'), ('1/0', 'ZeroDivisionError'),
-    ('import time; time.sleep(60)', 'no answer within 3 s'), ('print("hello")', 'ended without a row')])
-def test_a_process_that_goes_wrong_is_a_row(code, reason):
-    row = isolated('x', timeout=3, worker=script(code))
-    assert row['name'] == 'x' and reason in row['reason'] and verdict(row) == 'failed'
+
+@pytest.mark.parametrize('name,work,reason', [
+    (3, os._exit, 'exit code 3'), (signal.SIGABRT, signal.raise_signal, 'exit code -6'), ('x', fail, 'ZeroDivisionError'),
+    (60, time.sleep, 'no answer within 3 s'), ('x', no_row, 'TypeError'), ('x', sys.exit, 'exit code 1')])
+def test_a_process_that_goes_wrong_is_a_row(name, work, reason):
+    row = isolated(name, timeout=3 if work is time.sleep else 60, work=work)
+    assert row['name'] == name and reason in row['reason'] and verdict(row) == 'failed'
 
 
 def test_too_much_memory_is_a_row():
-    row = isolated('test_vit', worker=(sys.executable, '-m', 'libragrad_nb.support', '--memory', '.05', '--one'))
-    assert row['reason'] == 'needs more than 0.05 GB'
+    assert isolated(60, memory=.05, work=time.sleep)['reason'] == 'needs more than 0.05 GB'
 
-
-PRINT = script('import json, sys, pathlib; pathlib.Path(sys.argv[1] + ".ran").touch(); print(json.dumps(dict(name=sys.argv[1], libra32=0, libra64=0)))')
 
 def test_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -68,14 +72,14 @@ def test_resume(tmp_path, monkeypatch):
         found = sorted(p.stem for p in tmp_path.glob('*.ran'))
         for n in found: (tmp_path/f'{n}.ran').unlink()
         return found
-    rows = sweep(['a', 'b'], 'rows', progress=False, worker=PRINT)
+    rows = sweep(['a', 'b'], 'rows', progress=False, work=print_row)
     assert ran() == ['a', 'b'] and read('rows') == rows and rows['a'].items() >= versions().items()
-    sweep(['a', 'b', 'c'], 'rows', progress=False, jobs=2, worker=PRINT)
+    sweep(['a', 'b', 'c'], 'rows', progress=False, jobs=2, work=print_row)
     assert ran() == ['c'] and read('rows').keys() == {'a', 'b', 'c'}
     monkeypatch.setattr(support, 'versions', lambda: versions() | dict(torch='0.1'))
-    sweep(['a'], 'rows', progress=False, worker=PRINT)
+    sweep(['a'], 'rows', progress=False, work=print_row)
     assert ran() == ['a'] and read('rows')['a']['torch'] == '0.1' and read('rows')['b'] == rows['b']
-    sweep(['b', 'a'], 'rows', again=True, progress=False, worker=PRINT)
+    sweep(['b', 'a'], 'rows', again=True, progress=False, work=print_row)
     assert ran() == ['a', 'b'] and not list(tmp_path.glob('*.part'))
 
 
