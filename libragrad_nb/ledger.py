@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'Book', 'Ledger', 'ledger', 'levels', 'water_level', 'unknown']
 
-# %% ../nbs/06_ledger.ipynb #daf132f0
+# %% ../nbs/06_ledger.ipynb #9b084098
 import re, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 
-# %% ../nbs/06_ledger.ipynb #950d48fe
+# %% ../nbs/06_ledger.ipynb #816cea3f
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# %% ../nbs/06_ledger.ipynb #16a658d3
+# %% ../nbs/06_ledger.ipynb #92fbe615
 from .core import *
 from .core import _here
 from . import affine, activations, attention, layernorm, gating
 from .affine import depends
 
-# %% ../nbs/06_ledger.ipynb #ac9f4f21
+# %% ../nbs/06_ledger.ipynb #3567fad0
 @dataclass(eq=False)
 class Row:
     "One operation of a forward pass; its flows are in units of the score"
@@ -44,7 +44,7 @@ class Row:
     @property
     def residual(self): return self.outflow - self.inflow - self.constants
 
-# %% ../nbs/06_ledger.ipynb #dafaa4bb
+# %% ../nbs/06_ledger.ipynb #183c02e1
 class _Edge(torch.autograd.Function):
     "The same tensor on its way into an operation; the backward pass books what flows through it"
     @staticmethod
@@ -57,7 +57,7 @@ class _Edge(torch.autograd.Function):
         ctx.book.post(g, *ctx.entry)
         return g, None, None, None
 
-# %% ../nbs/06_ledger.ipynb #ddb1bdfd
+# %% ../nbs/06_ledger.ipynb #03689d9b
 class _Held:
     "A value that the backward pass will ask for once"
     def __init__(self, t): self.value = t.detach()
@@ -89,7 +89,7 @@ class _Accounts:
         for row in views: row.inflow += amount; row.outflow += amount
         if taker: taker.inflow += amount
 
-# %% ../nbs/06_ledger.ipynb #c83b818d
+# %% ../nbs/06_ledger.ipynb #b4ab0dae
 class _Source:
     "The row that wrote a piece of memory last"
     def __init__(self, row): self.row = row
@@ -99,7 +99,7 @@ class _Origins(_Accounts):
     def __init__(self, paths, careful):
         super().__init__(careful)
         self.paths, self.where, self.sources, self.nodes = paths, [None], WeakIdKeyDictionary(), {}
-        self.opaque, self.broken = 0, {}
+        self.opaque, self.followed, self.broken = {}, set(), {}
 
     def open(self, operation, rule='', **kwargs):
         self.rows.append(Row(operation, *self.paths.get(self.where[-1], ('', '')), rule, **kwargs))
@@ -119,17 +119,18 @@ class _Origins(_Accounts):
 
     def foreign(self, t):
         name = t.grad_fn.name().split('::')[-1].removesuffix('0').removesuffix('Backward') if t.grad_fn else 'leaf tensor'
-        row = self.open(name, shape=tuple(t.shape), opaque=True)
-        self.opaque += 1
-        if self.careful and t.grad_fn: self.follow(t.grad_fn, row)
-        return row
+        key = t.grad_fn or t
+        if key not in self.opaque:  # code with several outputs has one row
+            self.opaque[key] = self.open(name, shape=tuple(t.shape), opaque=True)
+            if self.careful and t.grad_fn: self.follow(t.grad_fn, self.opaque[key])
+        return self.opaque[key]
 
     def follow(self, node, row):
         "Book what flows from the code behind `node` into tensors that are known"
-        todo, seen = [node], set()
+        todo = [node]
         while todo:
-            if (node := todo.pop()) in seen: continue
-            seen.add(node)
+            if (node := todo.pop()) in self.followed: continue
+            self.followed.add(node)
             for i, below in enumerate(node.next_functions):
                 if below in self.nodes: node.register_hook(partial(self.across, i, row, *self.nodes[below]))
                 elif below[0] is not None: todo.append(below[0])
@@ -137,7 +138,7 @@ class _Origins(_Accounts):
     def across(self, i, row, held, givers, gs, _):
         if gs[i] is not None: self.post(gs[i], _Held(held.value), givers, row)
 
-# %% ../nbs/06_ledger.ipynb #863840eb
+# %% ../nbs/06_ledger.ipynb #1a471efd
 def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 def _flows(t): return depends(t) and not isinstance(t, nn.Parameter)
 
@@ -155,23 +156,24 @@ class Book(_Origins):
     "Runs operations and keeps the ledger"
     def tap(self, tree, row): return tree_map(lambda t: _Edge.apply(t, self, self.givers(t), row) if isinstance(t, torch.Tensor) and _flows(t) else t, tree)
 
-    def run(self, op, args, kwargs, name, rule=''):
+    def run(self, op, args, kwargs, name, rule='', views=True):
         inputs = {_memory(t): (t, self.givers(t)) for t in _tensors((args, kwargs)) if _flows(t)}
-        self.now = row = self.open(name, rule)
-        if _in_place(op, args, kwargs): return self.overwrite(op, args, kwargs, row)
+        self.now = row = self.open(name, rule, opaque=isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)))
+        if views and _in_place(op, args, kwargs): return self.overwrite(op, args, kwargs, row)
         tapped, kw = self.tap((args, kwargs), row)
         out = op(*tapped, **kw)
-        if any(_memory(t) in inputs for t in _tensors(out)): out = op(*args, **kwargs) # a view
-        self.sign([t for t in _tensors(out) if depends(t)], inputs, row)
+        if views and any(_memory(t) in inputs for t in _tensors(out)): out = op(*args, **kwargs)
+        made = [t for t in _tensors(out) if depends(t) and not any(t is a for a, _ in inputs.values())]
+        if made: self.sign(made, inputs if views else {}, row)
+        else: self.rows.remove(row) # it returned its input, or nothing that carries a gradient
         return out
 
     def sign(self, outs, inputs, row):
-        if not outs: self.rows.remove(row)
         if self.careful: self.alarm(outs, row)
         for t in outs:
             row.shape, (a, _) = tuple(t.shape), inputs.get(_memory(t), (None, None))
             if a is None: self.made(t, _Source(row))
-            elif t is not a:
+            else:
                 source, views = self.sources[a]
                 self.made(t, source, (row, *views))
 
@@ -187,8 +189,16 @@ class Book(_Origins):
         copy = (self.tap(base, row) if _flows(base) else base).clone()
         there = copy if base is x else copy.as_strided(x.shape, x.stride(), x.storage_offset() - base.storage_offset())
         tapped, kw = tree_map(lambda t: there if t is x else self.tap(t, row), (args, kwargs))
+        version = copy._version
         out = op(*tapped, **kw)
+        if copy._version == version: # nothing to put back, as dropout in evaluation mode
+            self.rows.remove(row)
+            return x
         if self.careful: self.alarm([copy], row)
+        self.put_back(copy, x, base, row)
+        return x if out is there else out
+
+    def put_back(self, copy, x, base, row):
         self.before_overwriting(base)
         if base.requires_grad and not copy.requires_grad: base.detach_()
         base.copy_(copy)
@@ -196,13 +206,12 @@ class Book(_Origins):
         if known: self.sources[base][0].row = row
         else: self.made(base, _Source(row))
         if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
-        return x if out is there else out
 
-# %% ../nbs/06_ledger.ipynb #3789ad77
+# %% ../nbs/06_ledger.ipynb #d17ed5f4
 _PASS = set('__set__ register_hook requires_grad_ retain_grad backward detach_'.split())
 
 def _name(op):
-    name = (op.__self__ if op.__name__ == '__get__' else op).__name__.strip('_')
+    name = (op.__self__ if op.__name__ == '__get__' else op).__name__.split('.')[0].strip('_')
     return re.sub('^[ri](add|sub|mul|matmul|pow)$', r'\1', re.sub('^[ri]?(true)?div(ide)?$', 'div', name))
 
 class _Watch(TorchFunctionMode):
@@ -215,12 +224,10 @@ class _Watch(TorchFunctionMode):
 
     def as_operation(self, handler):
         "A rule for a module type, booked like an operation"
-        def quiet(*args, **kwargs):
-            self.off = True
-            try: return handler(*args, **kwargs)
-            finally: self.off = False
         def booked(out, module, *inputs, **kwargs):
-            return self.book.run(quiet, (out, module, *inputs), kwargs, type(module).__name__, handler.family)
+            self.off = True
+            try: return self.book.run(handler, (out, module, *inputs), kwargs, type(module).__name__, getattr(handler, 'family', ''), views=False)
+            finally: self.off = False
         return booked
 
 class _RowTally(Tally):
@@ -231,7 +238,7 @@ class _RowTally(Tally):
         row.constants += amount
         self.total += amount
 
-# %% ../nbs/06_ledger.ipynb #a2b8721e
+# %% ../nbs/06_ledger.ipynb #0ca0022a
 def _paths(model):
     "(path, block) of every module, by its id"
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
@@ -258,7 +265,7 @@ def _calls(model, book):
             undo.callback(m.register_forward_hook(leave, always_call=True).remove)
         yield
 
-# %% ../nbs/06_ledger.ipynb #ffefd282
+# %% ../nbs/06_ledger.ipynb #f727316d
 def _pick(output, target):
     "Score [B] of a class (None: the predicted one), or of a function of the output"
     if callable(target): return target(output)
@@ -285,7 +292,7 @@ def _keep_books(model, x, target, rules, parts, careful):
     sheet = Ledger(book.rows, total.item(), float(source.row.outflow), float(tally.total), x.dtype, '')
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
-# %% ../nbs/06_ledger.ipynb #3c0091a1
+# %% ../nbs/06_ledger.ipynb #bb7a7521
 @dataclass
 class Ledger:
     "Where a score went; all amounts are in its units, summed over the batch"
@@ -312,7 +319,7 @@ class Ledger:
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/06_ledger.ipynb #c6d306c0
+# %% ../nbs/06_ledger.ipynb #467423a5
 def ledger(
     model,          # a module, or any function of one tensor
     x:torch.Tensor, # its input, [B, ...]
@@ -343,7 +350,7 @@ def _audit(book, sheet, received):
     if missing > 1e-13*gross or apart > max(1e-13, 8*torch.finfo(sheet.dtype).eps)*gross: raise RuntimeError(
         f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, the input received {apart:.1e} that is not booked')
 
-# %% ../nbs/06_ledger.ipynb #4dca4b38
+# %% ../nbs/06_ledger.ipynb #2347b5f9
 def _at(row): return row.operation + (f' in {row.module}' if row.module else '')
 
 def _check_finite(book, sheet):
@@ -353,7 +360,7 @@ def _check_finite(book, sheet):
     bad = [r for r in sheet.rows if not np.isfinite(r.inflow + r.constants) and np.isfinite(r.outflow)]
     if bad: raise ValueError(f'the gradient is not finite any more below {_at(bad[-1])}')
 
-# %% ../nbs/06_ledger.ipynb #8a35b56c
+# %% ../nbs/06_ledger.ipynb #000ca1c5
 def _by(sheet, what):
     "Amounts summed by 'operation', 'block', 'module' or 'rule'; 'row' for all rows"
     rows = pd.DataFrame([{**vars(r), 'residual': r.residual} for r in sheet.rows])
@@ -366,7 +373,7 @@ def _by(sheet, what):
     table['share'] = table.residual/sheet.score
     return table if what in ('block', 'module') else table.sort_values('residual', key=abs, ascending=False)
 
-# %% ../nbs/06_ledger.ipynb #2aae5eb3
+# %% ../nbs/06_ledger.ipynb #87ed28b8
 def _summary(sheet):
     leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
     return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4g} = input {sheet.attribution:.4g} + constants '
@@ -381,13 +388,13 @@ def _html(sheet, most=8):
     more = f'<p>and {len(kinds) - most} more kinds of operations</p>' if len(kinds) > most else ''
     return f'<p>{_summary(sheet)}</p>{table.to_html()}{more}'
 
-# %% ../nbs/06_ledger.ipynb #e8fa9854
+# %% ../nbs/06_ledger.ipynb #17e1ab31
 def levels(sheet:Ledger)->np.ndarray: # [rows + 1], the last one is at the output
     "What of the score is accounted for below each operation, from the input up"
     residuals = np.array([r.residual for r in sheet.rows])
     return sheet.score - np.append(residuals[::-1].cumsum()[::-1], 0)
 
-# %% ../nbs/06_ledger.ipynb #ee74b9ad
+# %% ../nbs/06_ledger.ipynb #eb4b3181
 def water_level(*sheets, width:float=7, most:int=4):
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
     import matplotlib.pyplot as plt
@@ -407,7 +414,7 @@ def water_level(*sheets, width:float=7, most:int=4):
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_ledger.ipynb #d272ffd1
+# %% ../nbs/06_ledger.ipynb #79603cc6
 def _draw_level(ax, sheet, color, colors):
     y, n = levels(sheet)[::-1], len(sheet.rows)
     x = np.arange(n + 1)/n
@@ -425,7 +432,7 @@ def _draw_blocks(ax, sheet):
         ax.axvspan(lo/n, hi/n, color='0.5', alpha=.12 if i % 2 else .05, lw=0)
         ax.text((lo + hi)/2/n, 1, names[lo].rpartition('.')[2], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color='0.4')
 
-# %% ../nbs/06_ledger.ipynb #cff16d6b
+# %% ../nbs/06_ledger.ipynb #ccb96f15
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
     float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
     cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh'''.split()
@@ -444,7 +451,7 @@ def _without_rule(op, *args, **kwargs):
         if depends(t): t.register_hook(partial(_warn_once, mode, _name(op)))
     return out
 
-# %% ../nbs/06_ledger.ipynb #85574364
+# %% ../nbs/06_ledger.ipynb #785704ae
 def unknown(
     model,           # a module, or any function of one tensor
     x:torch.Tensor,  # its input, [B, ...]
