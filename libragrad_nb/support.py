@@ -8,25 +8,25 @@ __all__ = ['SIDES', 'SMALL', 'HUGGING_FACE', 'VERDICTS', 'enliven', 'settle', 's
            'measure', 'peak', 'check', 'verdict', 'guard', 'isolated', 'versions', 'save', 'sweep', 'known_names',
            'summary', 'report', 'main', 'table']
 
-# %% ../nbs/22_support.ipynb #9d0da382
-import argparse, difflib, json, math, os, re, signal, subprocess, sys, threading, time, warnings
+# %% ../nbs/22_support.ipynb #07a8177a
+import argparse, difflib, json, math, multiprocessing, os, re, sys, threading, time, warnings
 from functools import partial
 from importlib import import_module, metadata, resources
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# %% ../nbs/22_support.ipynb #282471c8
+# %% ../nbs/22_support.ipynb #b421383a
 import pandas as pd
 import timm, torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-# %% ../nbs/22_support.ipynb #1074cd2f
+# %% ../nbs/22_support.ipynb #172a0927
 from .core import Tally, completeness_error, libra, tolerance
 from .ledger import ledger
 
-# %% ../nbs/22_support.ipynb #2ea8f44b
+# %% ../nbs/22_support.ipynb #95358f1f
 @torch.no_grad()
 def enliven(model, seed=0):
     "Add noise of 0.1 to every parameter that starts out (nearly) constant; returns the model"
@@ -35,7 +35,7 @@ def enliven(model, seed=0):
         if p.numel() == 1 or p.std() < 1e-3: p += .1*torch.randn(p.shape, generator=noise)
     return model
 
-# %% ../nbs/22_support.ipynb #74f29b3a
+# %% ../nbs/22_support.ipynb #4bab6748
 @torch.no_grad()
 def settle(model, images):
     "Let the batch norms take their statistics from these images; returns the model in evaluation mode"
@@ -44,7 +44,7 @@ def settle(model, images):
     if norms: model(images)
     return model.eval()
 
-# %% ../nbs/22_support.ipynb #f7339cd9
+# %% ../nbs/22_support.ipynb #a63b2dfc
 def smallest(family):
     "The model of a timm family with the fewest parameters, counted without allocating any"
     sizes = {}
@@ -55,7 +55,7 @@ def smallest(family):
     if not sizes: raise ValueError(f'no model of the family {family} could be built')
     return min(sizes, key=sizes.get)
 
-# %% ../nbs/22_support.ipynb #a8bc14a9
+# %% ../nbs/22_support.ipynb #272395be
 SIDES = (64, 96, 112, 128, 160, 192, 224, 240, 256)
 
 def seeded(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
@@ -79,8 +79,9 @@ def timm_model(
         except Exception as e: failure = e.with_traceback(None) # lets go of the model
     raise failure
 
-# %% ../nbs/22_support.ipynb #7e907bd2
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, image_size=64, patch_size=16)
+# %% ../nbs/22_support.ipynb #1e1c3aa8
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, bos_token_id=0, eos_token_id=1,
+             image_size=64, patch_size=16)
 
 class FromEmbeddings(nn.Module):
     "A Hugging Face model as a function of one tensor, pixels or embedded words; returns what it pools, or else its first output"
@@ -101,7 +102,7 @@ def hugging_face_model(
     f = enliven(FromEmbeddings(kind(kind.config_class(**SMALL)))).eval()
     return f, seeded(2, 3, 64, 64) if f.key == 'pixel_values' else seeded(2, 7, SMALL['hidden_size'])
 
-# %% ../nbs/22_support.ipynb #03bcbcc7
+# %% ../nbs/22_support.ipynb #a344553e
 class _Sizes(Tally):
     def add(self, g, c, where): self.total += (g.double()*c).abs().sum().item()
 
@@ -112,7 +113,7 @@ def turnover(f, x, rules='libra')->float:
     g, = torch.autograd.grad(y, x, y.sign())
     return ((g.double()*x).abs().sum().item() + tally.total)/y.double().abs().sum().item()
 
-# %% ../nbs/22_support.ipynb #7361207e
+# %% ../nbs/22_support.ipynb #782fc22b
 class _Narrow(TorchFunctionMode):
     found = False
     def __torch_function__(self, op, types, args=(), kwargs=None):
@@ -125,7 +126,7 @@ def float32_inside(f, x)->bool:
     with _Narrow() as mode: f(x.double().requires_grad_())
     return mode.found
 
-# %% ../nbs/22_support.ipynb #b4e35b86
+# %% ../nbs/22_support.ipynb #5de79f09
 def leak(f, x, rules='libra'):
     "The kind of operation that loses or makes up most, and its share of the score; None if nothing leaks"
     try: sheet = ledger(f, x, lambda y: y.abs().flatten(1).sum(1), rules)
@@ -134,7 +135,7 @@ def leak(f, x, rules='libra'):
     worst = sheet.by('operation').share
     return f'{worst.index[0]} {worst.iloc[0]:+.1%}'
 
-# %% ../nbs/22_support.ipynb #6a21d39f
+# %% ../nbs/22_support.ipynb #3a40dd51
 HUGGING_FACE = 'ViTModel Dinov2Model CLIPVisionModel SiglipVisionModel BertModel GPT2LMHeadModel LlamaForCausalLM'.split()
 
 def read(path):
@@ -156,7 +157,7 @@ def build(
     sides = [int(row['input'].split('x')[-1])] if 'input' in row else []
     return name, *timm_model(name, [*sides, *SIDES])
 
-# %% ../nbs/22_support.ipynb #e140e0ee
+# %% ../nbs/22_support.ipynb #54b04eda
 def measure(f, x):
     "Completeness errors and turnover of a model, and whether its forward pass is unchanged"
     row = dict(float32_inside=float32_inside(f.double(), x))
@@ -167,7 +168,7 @@ def measure(f, x):
         for rules in ('plain', 'libra'): row[f'{rules}{bits}'] = completeness_error(f, x, rules=rules)
     return row | dict(turnover=turnover(f, x), plain_leak=leak(f, x, 'plain'), leak=leak(f, x))
 
-# %% ../nbs/22_support.ipynb #f91eb975
+# %% ../nbs/22_support.ipynb #cbefd67a
 def peak()->float:
     "The most memory that this process has held, in GB; nan where Linux is not there to tell"
     try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
@@ -182,7 +183,7 @@ def check(name):
     row |= dict(seconds=time.time() - start, GB=peak())
     return {k: float(f'{v:.3g}') if type(v) is float else v for k, v in row.items()}
 
-# %% ../nbs/22_support.ipynb #a1c2ad09
+# %% ../nbs/22_support.ipynb #349aeaf9
 VERDICTS = ('failed', 'leaks', 'rounding', 'complete')
 
 def verdict(row)->str:
@@ -195,31 +196,43 @@ def verdict(row)->str:
 
 
 
-# %% ../nbs/22_support.ipynb #31472d9a
+# %% ../nbs/22_support.ipynb #66b2544d
 def guard(
     limit:float, # GB
+    tell,        # called with a row before the end
 ):
-    "End this process with a message when it has held more memory than that"
+    "End this process when it has held more memory than that"
     def watch():
         while not peak() > limit: time.sleep(.05)
-        print(f'needs more than {limit:g} GB', file=sys.stderr, flush=True)
+        tell(dict(reason=f'needs more than {limit:g} GB'))
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+def _alone(pipe, work, name, memory):
+    warnings.filterwarnings('ignore')
+    guard(memory, pipe.send)
+    try: pipe.send(dict(work(name)))
+    except Exception as e: pipe.send(dict(reason=f'{type(e).__name__}: {e}'.splitlines()[0][:200]))
+
+# %% ../nbs/22_support.ipynb #713a8a48
 def isolated(
     name,
-    timeout=900., # seconds
-    worker=(sys.executable, '-m', 'libragrad_nb.support', '--one'), # command that prints the row of a name
-):
+    timeout:float=900., # seconds
+    memory:float=6.,    # GB
+    work=check,         # function of the name that returns the row
+)->dict:
     "The row of a name, made in a process of its own; if that fails, a row with the reason"
-    try: p = subprocess.run([*worker, name], capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired: return dict(name=name, reason=f'no answer within {timeout:g} s')
-    if p.returncode < 0: return dict(name=name, reason=f'killed by {signal.Signals(-p.returncode).name}')
-    try: return json.loads(p.stdout.splitlines()[-1])
-    except (IndexError, ValueError): pass
-    return dict(name=name, reason=(p.stderr.strip().splitlines() or ['ended without a row'])[-1])
+    processes = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
+    if sys.platform == 'linux': processes.set_forkserver_preload(['libragrad_nb.support'])
+    here, there = processes.Pipe()
+    p = processes.Process(target=_alone, args=(there, work, name, memory), daemon=True)
+    p.start(); there.close()
+    try: row = here.recv() if here.poll(timeout) else dict(reason=f'no answer within {timeout:g} s')
+    except EOFError: p.join(); row = dict(reason=f'ended without a row, exit code {p.exitcode}')
+    finally: p.kill(); p.join()
+    return dict(name=name) | row
 
-# %% ../nbs/22_support.ipynb #c7fd06b8
+# %% ../nbs/22_support.ipynb #d3801fe0
 def versions()->dict:
     "Versions that a row depends on; None for what is not installed"
     def of(package):
@@ -240,7 +253,7 @@ def sweep(
     again=False,  # also those that are there
     jobs=1,       # how many at a time
     progress=True,
-    **how):       # `timeout`, `worker`: see `isolated`
+    **how):       # `timeout`, `memory`, `work`: see `isolated`
     "Make the rows that are missing; returns all rows by name"
     rows, now = read(path), versions()
     todo = [n for n in names if again or n not in rows or {k: rows[n].get(k) for k in now} != now]
@@ -251,7 +264,7 @@ def sweep(
             save(rows, path)
     return rows
 
-# %% ../nbs/22_support.ipynb #c94d310f
+# %% ../nbs/22_support.ipynb #2fa5376b
 def known_names(only=None):
     "All families, or the names in `only` if each is a family, a model of timm or a class of transformers"
     everything = [*timm.list_modules(), *HUGGING_FACE]
@@ -266,7 +279,7 @@ def _in_transformers(name):
     try: return hasattr(getattr(import_module('transformers'), name, None), 'config_class')
     except ImportError: return False
 
-# %% ../nbs/22_support.ipynb #d0f1afeb
+# %% ../nbs/22_support.ipynb #69d03064
 def summary(row):
     "A line for a row that is not complete"
     numbers = '{libra32:.0e} in float32, {libra64:.0e} in float64'
@@ -280,7 +293,7 @@ def report(rows:dict):
     print(', '.join(f'{list(verdicts.values()).count(v)} {v}' for v in VERDICTS))
     return [name for name, row in committed().items() if verdict(row) == 'complete' != verdicts.get(name, 'complete')]
 
-# %% ../nbs/22_support.ipynb #e4d1c3f7
+# %% ../nbs/22_support.ipynb #641a69ac
 def _parser():
     p = argparse.ArgumentParser(prog='python -m libragrad_nb.support', description=
         'Does the account add up? One small model of every timm family and some of Hugging Face, with random weights.')
@@ -290,26 +303,24 @@ def _parser():
     p.add_argument('--jobs', type=int, default=1, help='processes at a time (default: 1)')
     p.add_argument('--timeout', type=float, default=900, help='seconds for a model (default: 900)')
     p.add_argument('--memory', type=float, default=6, help='GB for a model (default: 6)')
-    p.add_argument('--one', metavar='NAME', help='print the row of this name, made in this process')
     return p
 
 def main(args=None):
     "The support matrix; `python -m libragrad_nb.support --help`"
     p = _parser()
     o = p.parse_args(args)
-    try: names = known_names([o.one] if o.one else o.only)
+    try: names = known_names(o.only)
     except ValueError as e: p.error(e)
-    if o.one:
-        warnings.filterwarnings('ignore'); guard(o.memory)
-        return print(json.dumps(check(o.one)))
-    worker = (sys.executable, '-m', 'libragrad_nb.support', '--memory', str(o.memory), '--one')
-    rows = sweep(names, o.out, o.again, o.jobs, timeout=o.timeout, worker=worker)
+    rows = sweep(names, o.out, o.again, o.jobs, timeout=o.timeout, memory=o.memory)
     if worse := report({n: rows[n] for n in names}): sys.exit(f'complete before, and not now: {", ".join(worse)}')
 
-# %% ../nbs/22_support.ipynb #e0804600
-if __name__ == '__main__' and '__file__' in globals(): main()
+# %% ../nbs/22_support.ipynb #f94ae762
+if __name__ == '__main__' and '__file__' in globals():
+    __spec__ = __file__ = None # so that no process runs this file again as its main module
+    from libragrad_nb.support import main
+    main()
 
-# %% ../nbs/22_support.ipynb #2a672367
+# %% ../nbs/22_support.ipynb #69c989ac
 def table(rows=None)->pd.DataFrame:
     "The committed rows, or others, as a table with verdicts, what is not complete first"
     t = pd.DataFrame((committed() if rows is None else rows).values())

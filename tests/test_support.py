@@ -99,7 +99,7 @@ def test_transformers_missing(monkeypatch):
 
 
 def test_report(capsys):
-    good, bad = (n for n in ROWS if verdict(ROWS[n]) == 'complete'), dict(reason='no answer within 3 s')
+    good, bad = (n for n in ROWS if verdict(ROWS[n]) == 'complete'), dict(name='b', reason='no answer within 3 s')
     a, b = next(good), next(good)
     assert report({a: ROWS[a], b: bad}) == [b]
     assert 'no answer within 3 s' in (out := capsys.readouterr().out) and '1 complete' in out and '1 failed' in out
