@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['gated', 'secant_gate', 'constant_gate']
 
-# %% ../nbs/02_gated_activations.ipynb #88acc418
-import torch
-import torch.nn.functional as F
+# %% ../nbs/02_gated_activations.ipynb #7dbcc862
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .core import *
 from .affine import at_zero, depends
 
-# %% ../nbs/02_gated_activations.ipynb #a76e38ef
+# %% ../nbs/02_gated_activations.ipynb #061defff
 def gated(
     op,           # an elementwise operation; it may work in place
     input:Tensor, # its first argument
@@ -26,7 +25,7 @@ def gated(
     input.mul_(gate).detach().copy_(value) # show autograd the product, then put the stock value back
     return input
 
-# %% ../nbs/02_gated_activations.ipynb #b9b0bdf0
+# %% ../nbs/02_gated_activations.ipynb #8921ab1c
 @rule('activations', F.gelu)
 def _gelu(op, input, approximate='none'):
     x = const(input)
@@ -37,7 +36,7 @@ def _gelu(op, input, approximate='none'):
 @rule('activations', F.silu)
 def _silu(op, input, inplace=False): return gated(op, input, const(input).sigmoid(), inplace=inplace)
 
-# %% ../nbs/02_gated_activations.ipynb #5e9d9d5c
+# %% ../nbs/02_gated_activations.ipynb #bc643960
 def secant_gate(
     s,        # an elementwise function
     x:Tensor, # where
@@ -47,7 +46,7 @@ def secant_gate(
     t = t.abs().clamp_min(torch.finfo(t.dtype).eps**.5).copysign(t)
     return ((s(t) - s(t.new_zeros(())))/t).to(x.dtype)
 
-# %% ../nbs/02_gated_activations.ipynb #7a022cf0
+# %% ../nbs/02_gated_activations.ipynb #9a42d939
 _elementwise = (torch.tanh, Tensor.tanh, Tensor.tanh_, F.mish, F.hardswish, F.elu, F.selu, F.celu, F.relu6, F.hardtanh, F.softsign,
     F.tanhshrink, F.softshrink, F.softplus, F.logsigmoid, torch.clamp, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip,
     *[getattr(o, n + end) for n in 'sin tan atan sinh expm1'.split() for o, end in ((torch, ''), (Tensor, ''), (Tensor, '_'))])
@@ -61,7 +60,7 @@ def _secant(op, input, *args, **kwargs):
 @additive(*_elementwise)
 def _at_zero(op, input, *args, **kwargs): return at_zero(op, input.new_zeros(()), *args, **kwargs)
 
-# %% ../nbs/02_gated_activations.ipynb #066951d7
+# %% ../nbs/02_gated_activations.ipynb #b25f5879
 @rule('activations', torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, torch.sigmoid_, torch.special.expit, F.hardsigmoid,
       torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr)
 def constant_gate(op, input, *args, **kwargs):
@@ -74,17 +73,15 @@ def _glu(op, input, dim=-1):
     a, b = input.chunk(2, dim)
     return swap_backward(op(const(input), dim), a*const(b).sigmoid())
 
-# %% ../nbs/02_gated_activations.ipynb #12f74069
-_formulas = '''transformers.activations.NewGELUActivation transformers.activations.FastGELUActivation
-    transformers.activations.AccurateGELUActivation transformers.activations.GELUTanh
-    transformers.models.bloom.modeling_bloom.BloomGelu timm.layers.activations.Mish timm.layers.activations.HardSwish
-    timm.layers.activations.HardMish timm.layers.activations_me.SwishMe timm.layers.activations_me.MishMe
-    timm.layers.activations_me.HardSwishMe timm.layers.activations_me.HardMishMe'''.split()
+# %% ../nbs/02_gated_activations.ipynb #0f6a93ed
+_hf = 'activations.NewGELUActivation activations.FastGELUActivation activations.AccurateGELUActivation activations.GELUTanh'
+_timm = '.Mish .HardSwish .HardMish _me.SwishMe _me.MishMe _me.HardSwishMe _me.HardMishMe'
+_formulas = ['transformers.models.bloom.modeling_bloom.BloomGelu', *[f'transformers.{n}' for n in _hf.split()],
+             *[f'timm.layers.activations{n}' for n in _timm.split()]]
 
 @rule('activations', *_formulas)
 def _module(out, module, input):
     if getattr(module, 'inplace', False): return out # too late, the input is overwritten
     return scale_backward(out, input, secant_gate(module.forward, input))
 
-@rule('activations', 'timm.layers.activations.HardSigmoid', 'timm.layers.activations_me.HardSigmoidMe')
-def _gate_module(out, module, input): return const(out)
+rule('activations', *[f'timm.layers.activations{n}' for n in ('.HardSigmoid', '_me.HardSigmoidMe')])(lambda out, module, input: const(out));

@@ -6,21 +6,21 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #1e6da2f2
+# %% ../nbs/00_core.ipynb #e9a80668
 import threading
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #c8493197
+# %% ../nbs/00_core.ipynb #c97934f8
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #6879dddc
+# %% ../nbs/00_core.ipynb #810398da
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #4da73e06
+# %% ../nbs/00_core.ipynb #cc1e413b
 class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, surrogate, *gates):
@@ -39,7 +39,7 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #3031cde7
+# %% ../nbs/00_core.ipynb #be4baf80
 def scale_backward(
     value:torch.Tensor,  # what the forward pass returns, bit for bit
     x:torch.Tensor,      # same shape as `value`; where the gradient goes
@@ -48,7 +48,7 @@ def scale_backward(
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
     return _Swap.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #109bc7ee
+# %% ../nbs/00_core.ipynb #3e1182f2
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -70,7 +70,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #6a58d8fd
+# %% ../nbs/00_core.ipynb #ff481258
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -94,7 +94,7 @@ class _Mode(TorchFunctionMode):
         if note: note(args[0] if out is None else out)  # x[i] = y returns None
         return out
 
-# %% ../nbs/00_core.ipynb #685f138a
+# %% ../nbs/00_core.ipynb #43a69b30
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -108,7 +108,7 @@ def _hook_modules(model, mode):
         if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 
-# %% ../nbs/00_core.ipynb #18a1a1fb
+# %% ../nbs/00_core.ipynb #257c2371
 @contextmanager
 def libra(
     model=None,    # the model, or any function; it is not changed
@@ -123,7 +123,7 @@ def libra(
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #526edc0d
+# %% ../nbs/00_core.ipynb #000577c1
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -131,25 +131,30 @@ def additive(*ops):
         return constant
     return register
 
+def _behind(view, c):
+    "The tensor that a view shows a part of, and a constant added to that part as one added to the whole"
+    whole = torch.zeros_like(view._base)
+    whole.as_strided(view.shape, view.stride(), view.storage_offset() - view._base.storage_offset()).add_(c)
+    return view._base, whole
+
 class Tally:
     "Adds up what the additive constants of a forward pass contribute to the score, during its backward pass"
     def __init__(self): self.total = 0.
 
     def __call__(self, op, args, kwargs):
         "Asked before each operation (which may work in place); returns what to do with the output"
-        c = CONSTANTS[op](op, *args, **kwargs) if op in CONSTANTS else None
-        if c is None: return None
+        if op not in CONSTANTS or (c := CONSTANTS[op](op, *args, **kwargs)) is None: return None
         if isinstance(c, torch.Tensor): c = c.nan_to_num(float('nan'), 0., 0.)  # a mask's -inf meets gradient 0; also a copy
         def note(out):
             if not out.requires_grad: return
-            where = self.where(args, out)
-            out.register_hook(lambda g: self.add(g, c, where))
+            whole, part = _behind(out, c) if out._is_view() and args and out is args[0] else (out, c)
+            whole.register_hook(lambda g, where=self.where(args, whole): self.add(g, part, where))
         return note
 
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #7fce5ce8
+# %% ../nbs/00_core.ipynb #d76cf57a
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -164,7 +169,7 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #644110b9
+# %% ../nbs/00_core.ipynb #069c613d
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):

@@ -5,28 +5,28 @@
 # %% auto #0
 __all__ = ['families', 'RuleSet', 'with_rules', 'describe', 'only', 'without', 'intercept', 'tangent', 'tangent_module']
 
-# %% ../nbs/07_presets.ipynb #2284af60
+# %% ../nbs/07_presets.ipynb #20caf7e1
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../nbs/07_presets.ipynb #3a1e062f
+# %% ../nbs/07_presets.ipynb #8b89618d
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/07_presets.ipynb #d5de38de
+# %% ../nbs/07_presets.ipynb #a396e7aa
 from .core import *
 from .core import _here
 from .affine import depends
 from .gating import _Share, _share
 from . import activations, attention, layernorm
 
-# %% ../nbs/07_presets.ipynb #4aa0030c
+# %% ../nbs/07_presets.ipynb #f5a6780a
 def families(rules=LIBRA)->dict:
     "The families of rules in a table, and how many operations and module types each covers"
     names = [getattr(handler, 'family', None) or 'no family' for handler in rules.values()]
     return {name: names.count(name) for name in sorted(set(names) - {'unbalanced'})} # those only warn, see 06
 
-# %% ../nbs/07_presets.ipynb #7ac83ad8
+# %% ../nbs/07_presets.ipynb #944ce36c
 @dataclass(eq=False, repr=False)
 class RuleSet(Mapping):
     "A live view of the rule table: the families that it keeps or changes, and entries of its own"
@@ -56,14 +56,14 @@ class RuleSet(Mapping):
     def __repr__(self): return f'{self.name}: {_listed(self)}'
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/07_presets.ipynb #7e98d7f2
+# %% ../nbs/07_presets.ipynb #69d7c5b2
 def with_rules(rules:RuleSet, own:dict)->RuleSet:
     "The same set with these rules on top; `rules` and the table stay as they are"
     return replace(rules, name=f'{rules.name} + {", ".join(families(own))}', own={**rules.own, **own})
 
 def _listed(rules): return ", ".join(f"{n} {family}" for family, n in families(rules).items()) or "no rules"
 
-# %% ../nbs/07_presets.ipynb #034938c7
+# %% ../nbs/07_presets.ipynb #7dbd3517
 def describe(rules)->dict:
     "What a set of rules does, family by family"
     def says(family):
@@ -78,7 +78,7 @@ def _html(rules):
     rows = ''.join(f'<tr><th>{family}</th><td>{text}</td></tr>' for family, text in describe(rules).items())
     return f'<p><code>{rules.name}</code> {rules.doc}</p><table>{rows}</table>'
 
-# %% ../nbs/07_presets.ipynb #5ff7c2b7
+# %% ../nbs/07_presets.ipynb #b8a3811f
 def _known(names):
     unknown = [name for name in names if name not in families()]
     if unknown: raise ValueError(
@@ -94,11 +94,11 @@ def without(*names:str)->RuleSet:
     _known(names)
     return RuleSet(f'without({", ".join(map(repr, names))})', drop=names, complete=not names)
 
-# %% ../nbs/07_presets.ipynb #076b7161
+# %% ../nbs/07_presets.ipynb #cc64079f
 rule_sets['alilrp'] = RuleSet('alilrp', 'attention matrix and standard deviation constant (Ali et al. 2022)',
                               keep=('attention', 'layernorm'))
 
-# %% ../nbs/07_presets.ipynb #1bf867f3
+# %% ../nbs/07_presets.ipynb #2600cf15
 def intercept(
     s,                           # an elementwise function; it may work in place
     x:torch.Tensor,
@@ -111,7 +111,7 @@ def intercept(
         slope, = torch.autograd.grad(y.sum(), t)
     return const(y - total(slope*t))
 
-# %% ../nbs/07_presets.ipynb #60d7a064
+# %% ../nbs/07_presets.ipynb #460afe1c
 def _count(out, input, constant):
     "Enter `constant` in the account of the pass as if `out` were a sum `input + constant`"
     if note := _here.mode.tally(torch.add, (input, constant), {}): note(out)
@@ -126,7 +126,7 @@ def tangent(op, input, *args, **kwargs):
     known = CONSTANTS[op](op, input, *args, **kwargs) if op in CONSTANTS else None
     return _count(op(input, *args, **kwargs), input, rest if known is None else rest - known)
 
-# %% ../nbs/07_presets.ipynb #33b945f9
+# %% ../nbs/07_presets.ipynb #9dac4f6e
 def tangent_module(out, module, input, *args, **kwargs):
     "ordinary gradient, intercept counted"
     if getattr(module, 'inplace', False): return out # too late, the input is overwritten; its parts have rules
@@ -136,7 +136,9 @@ def tangent_module(out, module, input, *args, **kwargs):
     with libra(rules='plain'): rest = intercept(stock, input)
     return _count(out, input, rest)
 
-# %% ../nbs/07_presets.ipynb #c0a2cdc4
+# %% ../nbs/07_presets.ipynb #038155c0
+tangent.family = tangent_module.family = 'activations'
+
 _taylor = {}
 @rule('activations', F.glu, table=_taylor)
 def _glu(op, input, dim=-1):
@@ -145,12 +147,12 @@ def _glu(op, input, dim=-1):
     rest = intercept(lambda t: op(t, dim), input, lambda parts: sum(parts.chunk(2, dim)))
     return _count(op(input, dim), input, rest)
 
-# %% ../nbs/07_presets.ipynb #fafc1a4a
+# %% ../nbs/07_presets.ipynb #90afd247
 rule_sets['libra_taylor'] = RuleSet(
     'libra_taylor', 'Libra, where an activation is its tangent and the intercept a constant', own=_taylor,
     instead=dict(activations=(tangent, tangent_module)), complete=True)
 
-# %% ../nbs/07_presets.ipynb #6e47efb9
+# %% ../nbs/07_presets.ipynb #a9f88c0b
 _halves = {}
 @rule('attention', F.scaled_dot_product_attention, table=_halves)
 def _attention_in_halves(op, query, key, value, attn_mask=None, *args, **kwargs):
@@ -164,7 +166,7 @@ def _attention_in_halves(op, query, key, value, attn_mask=None, *args, **kwargs)
 rule_sets['attnlrp'] = RuleSet('attnlrp', 'ordinary softmax, every product shared in halves (Achtibat et al. 2024)',
                                drop=('attention',), own=_halves)
 
-# %% ../nbs/07_presets.ipynb #2c815c5e
+# %% ../nbs/07_presets.ipynb #389ba1ff
 _thirds = {}
 @rule('attention', F.scaled_dot_product_attention, table=_thirds)
 def _attention_in_thirds(op, query, key, value, *args, **kwargs):
@@ -174,6 +176,6 @@ def _attention_in_thirds(op, query, key, value, *args, **kwargs):
 rule_sets['attnlrp_thirds'] = RuleSet('attnlrp_thirds', 'ordinary softmax, fused attention shared in thirds',
                                       drop=('attention',), own=_thirds)
 
-# %% ../nbs/07_presets.ipynb #fa525253
+# %% ../nbs/07_presets.ipynb #7c2c2039
 rule_sets['decompx'] = RuleSet('decompx', 'attention, standard deviation and activation slope constant (Modarressi et al. 2023)',
                                drop=('gating',))
