@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #a9a8651e
+# %% ../nbs/16_explain.ipynb #b9915a75
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #3854134e
+# %% ../nbs/16_explain.ipynb #779aa2e1
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #9cecd8d7
+# %% ../nbs/16_explain.ipynb #f2d587de
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #eb5e2a5b
+# %% ../nbs/16_explain.ipynb #b2e17863
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -51,7 +51,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #0d3525ff
+# %% ../nbs/16_explain.ipynb #28693216
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -62,7 +62,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #15cebf97
+# %% ../nbs/16_explain.ipynb #0909df74
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -80,7 +80,7 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #cd7a7115
+# %% ../nbs/16_explain.ipynb #dff918b8
 def _show_text(a, width, labels=None, per_row=12):
     "Tokens as coloured cells, `per_row` in a row"
     import matplotlib.pyplot as plt
@@ -101,7 +101,7 @@ def _show_text(a, width, labels=None, per_row=12):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #230036f7
+# %% ../nbs/16_explain.ipynb #eed2446a
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
@@ -115,7 +115,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #ae9cca1c
+# %% ../nbs/16_explain.ipynb #8529a126
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -131,7 +131,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #76b57d3a
+# %% ../nbs/16_explain.ipynb #e5165234
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names: [B, H, W, 3] in [0, 1]; token ids as they are"
     if not images.is_floating_point(): return images.cpu()
@@ -143,7 +143,7 @@ def _rgb(model, images):
     grey = (x - low)/(high - low).clamp_min(1e-6)
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
-# %% ../nbs/16_explain.ipynb #25b0ad43
+# %% ../nbs/16_explain.ipynb #b5a7a6f2
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     values, unplaced = methods[method](t)
@@ -155,7 +155,7 @@ def attribute(model, t:Trace, method:str)->Attribution:
     return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #1744b95c
+# %% ../nbs/16_explain.ipynb #7b6a9084
 def explain(
     model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
     images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
@@ -175,7 +175,7 @@ def explain(
     out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #0f84e86c
+# %% ../nbs/16_explain.ipynb #d42b4088
 def _lost(t:Trace):
     "Largest share of the attribution that has no owner, of all blocks and images"
     def share(block):
