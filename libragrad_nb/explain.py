@@ -5,32 +5,32 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #35c57364
+# %% ../nbs/16_explain.ipynb #a9a8651e
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #ae2f67b8
+# %% ../nbs/16_explain.ipynb #3854134e
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #b6e49793
+# %% ../nbs/16_explain.ipynb #9cecd8d7
 from .core import rule_set
 from .gradient_maps import methods
 from .trace import Trace, trace
 
-# %% ../nbs/16_explain.ipynb #19e87a04
+# %% ../nbs/16_explain.ipynb #eb5e2a5b
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
-    map:torch.Tensor                # [B, rows, cols] signed, one value a patch
+    map:torch.Tensor                # [B, rows, cols] signed, one value a patch; of text [B, 1, N]; of `pixel_x_gradient` [B, H, W]
     prefix:torch.Tensor             # [B, P] what went to class and register tokens
     unplaced:torch.Tensor           # [B] constants that this method gives no place
     score:torch.Tensor              # [B] what is explained
     target:torch.Tensor             # [B] classes, or None for a function
     completeness_error:torch.Tensor # [B] score minus all of the above: what has no owner
     additive:torch.Tensor           # [B] what all additive constants after the embedding contribute
-    rgb:torch.Tensor                # [B, H, W, 3] the images, in [0, 1]
+    rgb:torch.Tensor                # [B, H, W, 3] the images, in [0, 1]; or token ids [B, N]
     method:str
     rules:str
 
@@ -44,11 +44,14 @@ class Attribution:
         lost = (self.completeness_error/self.score).abs().max()
         return f'Attribution({self.method}, {self.rules}: {len(self)} maps of {self.map.shape[1]}x{self.map.shape[2]}, at most {lost:.1e} of a score unexplained)'
 
-    def show(self, width:float=7): return _show(self, width)
+    @property
+    def text(self): return self.rgb.ndim == 2
+
+    def show(self, width:float=7, labels=None): return _show_text(self, width, labels) if self.text else _show(self, width)
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #ff5369c6
+# %% ../nbs/16_explain.ipynb #0d3525ff
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -59,7 +62,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #24f7e1d6
+# %% ../nbs/16_explain.ipynb #15cebf97
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -77,7 +80,28 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #71eb9a09
+# %% ../nbs/16_explain.ipynb #cd7a7115
+def _show_text(a, width, labels=None, per_row=12):
+    "Tokens as coloured cells, `per_row` in a row"
+    import matplotlib.pyplot as plt
+    labels = a.rgb.tolist() if labels is None else labels
+    if [len(l) for l in labels] != [len(i) for i in a.rgb]: raise ValueError(
+        f'labels must be {len(a)} lists of {a.rgb.shape[1]} strings')
+    deep = -(-a.rgb.shape[1]//per_row)
+    fig, axes = plt.subplots(len(a), 1, figsize=(width, (.35*deep + .35)*len(a)), squeeze=False, layout='constrained')
+    for ax, values, words, score in zip(axes.flat, a.map.flatten(1).cpu(), labels, a.score):
+        cells = F.pad(values, (0, deep*per_row - len(words))).view(deep, per_row)
+        top = values.abs().max().item() or 1.
+        ax.imshow(cells, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto')
+        for k, word in enumerate(words):
+            ink = 'w' if values[k].abs() > .6*top else '#222'
+            ax.text(k%per_row, k//per_row, word, ha='center', va='center', fontsize=8, color=ink)
+        ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        ax.set_title(f'score {score:.2f}, darkest {top:.2g}', fontsize=8, loc='left')
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/16_explain.ipynb #230036f7
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
@@ -91,7 +115,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #2a60d340
+# %% ../nbs/16_explain.ipynb #ae9cca1c
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -107,53 +131,63 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #20880b31
+# %% ../nbs/16_explain.ipynb #76b57d3a
 def _rgb(model, images):
-    "Undo the normalisation that the model's configuration names; [B, H, W, 3] in [0, 1]"
+    "Undo the normalisation that the model's configuration names: [B, H, W, 3] in [0, 1]; token ids as they are"
+    if not images.is_floating_point(): return images.cpu()
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     x = images.detach().float().cpu().movedim(1, -1)
     mean, std = (cfg.get(k) if hasattr(cfg, 'get') else getattr(cfg, k, None) for k in ('mean', 'std'))
-    if mean and std and len(mean) == x.shape[-1]: return (x*torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+    if mean and std and len(mean) == x.shape[-1] == 3: return (x*torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    return (x - low)/(high - low).clamp_min(1e-6)
+    grey = (x - low)/(high - low).clamp_min(1e-6)
+    return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
-# %% ../nbs/16_explain.ipynb #2c4053cd
+# %% ../nbs/16_explain.ipynb #25b0ad43
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
-    tokens, unplaced = methods[method](t)
-    placed, rest = t.constants_from()
-    grid = tokens[:, t.prefix:].reshape(len(tokens), *t.grid)
+    values, unplaced = methods[method](t)
+    at_pixels = methods[method].pixels
+    placed, rest = t.constants_from(None if at_pixels else 0)
+    if at_pixels: prefix, grid = values[:, :0, 0], values
+    else: prefix, grid = values[:, :t.prefix], values[:, t.prefix:].reshape(len(values), *t.grid)
     if not grid.any(): warnings.warn(f'the {method} map is zero everywhere: the score does not depend on the patches', stacklevel=3)
-    return Attribution(grid, tokens[:, :t.prefix], unplaced, t.score, t.target,
-                       t.score - tokens.sum(-1) - unplaced,
+    return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #4b36afc1
+# %% ../nbs/16_explain.ipynb #1744b95c
 def explain(
-    model,                # a timm ViT or Mixer in evaluation mode; it is not changed
-    images:torch.Tensor,  # [B, 3, H, W], transformed as the model expects
+    model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
+    images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
     target=None,          # None (predicted class), int, tensor [B], function of the output, or a list of several (one forward pass)
-    method:str='fullgrad_plus', # a name in `methods`
-    rules='libra',        # 'libra', 'plain', or a dictionary of rules
+    method:str=None,      # a name in `methods`; None: 'fullgrad_plus' where the model has a token grid, else 'pixel_x_gradient'
+    rules='libra',        # 'libra', 'plain', or a set of rules
     of:str='logit',       # explain the 'logit' or the 'probability' of the class
 ):                        # an `Attribution`, or a list of them where `target` is a list
     "Which patches made the score: a signed map in units of the score (LibraGrad, arXiv 2411.16760)"
-    if method not in methods: raise ValueError(f'unknown method {method!r}: choose one of {", ".join(methods)}')
+    if method is not None and (not isinstance(method, str) or method not in methods):
+        raise ValueError(f'unknown method {method!r}: choose one of {", ".join(methods)}')
+    if not isinstance(rules, str) and not hasattr(rules, 'get'): raise TypeError(
+        f'rules must be a name or a dictionary of rules, not {rules!r}')
     rule_set(rules)
     traces = trace(model, images, target, rules, of)
     if rule_set(rules) and of == 'logit': _warn_incomplete(traces)
-    out = [attribute(model, t, method) for t in traces]
+    out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #1705733f
+# %% ../nbs/16_explain.ipynb #0f84e86c
+def _lost(t:Trace):
+    "Largest share of the attribution that has no owner, of all blocks and images"
+    def share(block):
+        here = t.pixels.flatten(1) if block is None else t.input_x_gradient[block]
+        return (t.completeness_error(block).abs()/torch.maximum(t.score.abs(), here.abs().sum(-1))).max().item()
+    return max(map(share, range(len(t.grids)) if t.grids else [None]))
+
 def _warn_incomplete(traces):
     "Say so when the rules do not cover a model"
-    x = traces[0].images
-    low = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
-    def lost(t):
-        size = torch.maximum(t.score.abs(), t.input_x_gradient[0].abs().sum(-1))
-        return max((t.completeness_error(block).abs()/size).max().item() for block in range(len(t.input_x_gradient)))
-    worst = max(map(lost, traces))
+    x = traces[0].pixels
+    low = traces[0].images.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
+    worst = max(map(_lost, traces))
     if worst > (.1 if low else 1e-3): warnings.warn(
         f'{worst:.1%} of the attribution has no owner: the model, or the target function, uses an operation without a balanced rule. '
         'Add a rule with libragrad_nb.core.rule, or pass rules="plain" if you want the plain gradient', stacklevel=3)
