@@ -5,26 +5,25 @@
 # %% auto #0
 __all__ = ['fused_attention', 'softmax_gate', 'multi_head_attention']
 
-# %% ../nbs/03_attention.ipynb #ccb66f07
-import torch
-import torch.nn.functional as F
+# %% ../nbs/03_attention.ipynb #99cc9e2b
+import torch, torch.nn.functional as F
 from .core import *
 from .activations import constant_gate
 
-# %% ../nbs/03_attention.ipynb #97dda7ca
+# %% ../nbs/03_attention.ipynb #a112f2aa
 @rule('attention', F.scaled_dot_product_attention)
 def fused_attention(op, query, key, value, attn_mask=None, *args, **kwargs):
     "Queries, keys and mask held constant, and with them the attention matrix"
     if attn_mask is not None: attn_mask = const(attn_mask)
     return op(const(query), const(key), value, attn_mask, *args, **kwargs)
 
-# %% ../nbs/03_attention.ipynb #3c25f9be
+# %% ../nbs/03_attention.ipynb #d6da707b
 @rule('attention', F.softmax, F.softmin, *[getattr(o, n) for o in (torch, torch.Tensor) for n in ('softmax', 'exp', 'exp_')])
 def softmax_gate(op, input, *args, **kwargs):
     "Attention weights are gates: no gradient"
     return constant_gate(op, input, *args, **kwargs)
 
-# %% ../nbs/03_attention.ipynb #6f956da4
+# %% ../nbs/03_attention.ipynb #1cd49c59
 def _mask(attn_mask, key_padding_mask, B, H, dtype, extra):
     "What is added to the logits [B, H, N, M], from masks [N, M] or [B*H, N, M] and [B, M] or [M]; None without masks"
     masks = [] if attn_mask is None else [attn_mask if attn_mask.ndim==2 else attn_mask.unflatten(0, (B, H))]
@@ -33,7 +32,7 @@ def _mask(attn_mask, key_padding_mask, B, H, dtype, extra):
         if not m.is_floating_point(): masks[i] = torch.zeros_like(m, dtype=dtype).masked_fill(m, -torch.inf)
     return F.pad(sum(masks), (0, extra)) if masks else None
 
-# %% ../nbs/03_attention.ipynb #dce357a0
+# %% ../nbs/03_attention.ipynb #24d250d1
 def multi_head_attention(
     stock,                 # what torch returns: output, and weights or None
     query, key, value,     # [N, B, C] and [M, B, C], or without B

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #b9915a75
+# %% ../nbs/16_explain.ipynb #2791706a
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #779aa2e1
+# %% ../nbs/16_explain.ipynb #52655c50
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #f2d587de
+# %% ../nbs/16_explain.ipynb #9003691e
 from .core import rule_set
 from .gradient_maps import methods
-from .trace import Trace, trace
+from .ledger import ledger
+from .tokens import choose, read_inputs
+from .trace import Trace, as_function, trace
 
-# %% ../nbs/16_explain.ipynb #b2e17863
+# %% ../nbs/16_explain.ipynb #f0b25e17
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -51,7 +53,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #28693216
+# %% ../nbs/16_explain.ipynb #74bca73a
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -62,7 +64,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #0909df74
+# %% ../nbs/16_explain.ipynb #62d490c6
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -80,7 +82,7 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #dff918b8
+# %% ../nbs/16_explain.ipynb #21fa22f0
 def _show_text(a, width, labels=None, per_row=12):
     "Tokens as coloured cells, `per_row` in a row"
     import matplotlib.pyplot as plt
@@ -101,7 +103,7 @@ def _show_text(a, width, labels=None, per_row=12):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #eed2446a
+# %% ../nbs/16_explain.ipynb #5085aa46
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
@@ -115,7 +117,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #8529a126
+# %% ../nbs/16_explain.ipynb #01fe4d1d
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -131,7 +133,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #e5165234
+# %% ../nbs/16_explain.ipynb #68c0bb8b
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names: [B, H, W, 3] in [0, 1]; token ids as they are"
     if not images.is_floating_point(): return images.cpu()
@@ -143,7 +145,7 @@ def _rgb(model, images):
     grey = (x - low)/(high - low).clamp_min(1e-6)
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
-# %% ../nbs/16_explain.ipynb #b5a7a6f2
+# %% ../nbs/16_explain.ipynb #ed20fae8
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     values, unplaced = methods[method](t)
@@ -155,7 +157,7 @@ def attribute(model, t:Trace, method:str)->Attribution:
     return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #7b6a9084
+# %% ../nbs/16_explain.ipynb #1939d879
 def explain(
     model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
     images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
@@ -171,11 +173,11 @@ def explain(
         f'rules must be a name or a dictionary of rules, not {rules!r}')
     rule_set(rules)
     traces = trace(model, images, target, rules, of)
-    if rule_set(rules) and of == 'logit': _warn_incomplete(traces)
+    if of == 'logit' and rule_set(rules) and getattr(rule_set(rules), 'complete', True): _warn_incomplete(model, images, target, rules, traces)
     out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #d42b4088
+# %% ../nbs/16_explain.ipynb #129fff5a
 def _lost(t:Trace):
     "Largest share of the attribution that has no owner, of all blocks and images"
     def share(block):
@@ -183,11 +185,20 @@ def _lost(t:Trace):
         return (t.completeness_error(block).abs()/torch.maximum(t.score.abs(), here.abs().sum(-1))).max().item()
     return max(map(share, range(len(t.grids)) if t.grids else [None]))
 
-def _warn_incomplete(traces):
-    "Say so when the rules do not cover a model"
-    x = traces[0].pixels
-    low = traces[0].images.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
-    worst = max(map(_lost, traces))
-    if worst > (.1 if low else 1e-3): warnings.warn(
-        f'{worst:.1%} of the attribution has no owner: the model, or the target function, uses an operation without a balanced rule. '
-        'Add a rule with libragrad_nb.core.rule, or pass rules="plain" if you want the plain gradient', stacklevel=3)
+def _leak(model, images, target, rules):
+    "Words for the operation that loses or makes up most"
+    f, x = as_function(model, images)
+    last = read_inputs(model, images).last()
+    try: worst = ledger(f, x, lambda out: choose(out, target, last=last)[0], rules, parts=model).worst()
+    except (RuntimeError, ValueError) as e: return f'the ledger could not tell where ({e})'
+    return f'the most at {worst.operation} in {worst.module or type(model).__name__}, {worst.residual:+.3g} in units of the score'
+
+def _warn_incomplete(model, images, target, rules, traces):
+    "Say so when the rules do not cover a model, and what is not covered"
+    lost = [_lost(t) for t in traces]
+    x = next(model.parameters(), traces[0].images)
+    worst, low = max(lost), torch.is_autocast_enabled(x.device.type)
+    if worst <= (.1 if low else {torch.float64: 1e-6, torch.float32: 1e-3}.get(x.dtype, .1)): return
+    target = target[lost.index(worst)] if isinstance(target, list) else target
+    warnings.warn(f'{worst:.1%} of the attribution has no owner: {_leak(model, images, target, rules)}. Register a balanced rule for it with '
+                  'libragrad_nb.rule (see the page on rule sets), or take it as it is; libragrad_nb.ledger shows all leaks', stacklevel=3)

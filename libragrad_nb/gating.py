@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/05_self_gating.ipynb #0e1469ab
-import torch
-import torch.nn.functional as F
+# %% ../nbs/05_self_gating.ipynb #64b9104b
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .core import *
 from .activations import constant_gate, gated
 from .affine import at_zero, depends
 
-# %% ../nbs/05_self_gating.ipynb #05d32206
+# %% ../nbs/05_self_gating.ipynb #a95dbb25
 class _Share(torch.autograd.Function):
     "The same tensor, its gradient divided by `n`"
     @staticmethod
@@ -28,7 +27,7 @@ def _share(*factors):
     n = sum(map(depends, factors))
     return [_Share.apply(f, n) if n > 1 and depends(f) else f for f in factors]
 
-# %% ../nbs/05_self_gating.ipynb #9598e197
+# %% ../nbs/05_self_gating.ipynb #1248b628
 @rule('gating', *[getattr(o, n) for o in (torch, Tensor) for n in 'mul multiply matmul mm bmm mv dot vdot inner outer'.split()], torch.tensordot,
       torch.linalg.matmul, torch.linalg.vecdot, Tensor.__mul__, Tensor.__rmul__, Tensor.__matmul__, Tensor.__rmatmul__)
 def _product(op, *args, **kwargs):
@@ -45,7 +44,7 @@ def _product_(op, input, other):
     if depends(input) and depends(other): return input.copy_(_product(Tensor.mul, input.clone(), other))
     return op(input, other)
 
-# %% ../nbs/05_self_gating.ipynb #b8e263d6
+# %% ../nbs/05_self_gating.ipynb #c1c3224a
 @rule('gating', *[getattr(o, n + end) for n in 'addmm addbmm baddbmm addmv addcmul'.split() for o, end in ((torch, ''), (Tensor, ''), (Tensor, '_'))])
 def _plus_product(op, input, *args, **kwargs): return _product(lambda *a, **k: op(input, *a, **k), *args, **kwargs)
 
@@ -54,7 +53,7 @@ def _applied(op, input, weight, *args, **kwargs): return op(*_share(input, weigh
 
 additive(F.bilinear)(at_zero);
 
-# %% ../nbs/05_self_gating.ipynb #d68b379a
+# %% ../nbs/05_self_gating.ipynb #ac9a6556
 @rule('gating', torch.pow, torch.square, torch.sqrt,
       *[getattr(Tensor, n) for n in 'pow square sqrt pow_ square_ sqrt_ __pow__ __ipow__ __rpow__'.split()])
 def _power(op, input, exponent=None):
@@ -68,7 +67,7 @@ def _power(op, input, exponent=None):
 @rule('gating', torch.var, Tensor.var)
 def _var(op, input, *args, **kwargs): return op(_Share.apply(input, 2), *args, **kwargs)
 
-# %% ../nbs/05_self_gating.ipynb #17d1ccf6
+# %% ../nbs/05_self_gating.ipynb #160b20ce
 @rule('gating', F.cosine_similarity)
 def _cosine_similarity(op, x1, x2, dim=1, eps=1e-8):
     u1, u2 = (t/const(t).norm(dim=dim, keepdim=True).clamp_min(eps) for t in _share(x1, x2))

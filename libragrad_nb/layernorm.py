@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04_layernorm.ipynb #b4adee3e
-import torch
-import torch.nn.functional as F
+# %% ../nbs/04_layernorm.ipynb #d7327886
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .core import *
 from .activations import constant_gate
 from .affine import at_zero
 
-# %% ../nbs/04_layernorm.ipynb #bfd50534
+# %% ../nbs/04_layernorm.ipynb #8ceee4cc
 class _Standardise(torch.autograd.Function):
     "`value`, with the gradient of `(x - x.mean())*const(r)*weight`; r: [*groups, 1]"
     @staticmethod
@@ -32,7 +31,7 @@ def _yardstick(x, eps, centre=True):
     if centre: x = x - x.mean(-1, keepdim=True)
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-# %% ../nbs/04_layernorm.ipynb #1ad90e60
+# %% ../nbs/04_layernorm.ipynb #f48fb5af
 @rule('layernorm', F.layer_norm, torch.layer_norm)
 def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *_, **__):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -41,7 +40,7 @@ def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *
     else: value, r = op(x, normalized_shape, weight, bias, eps), _yardstick(x.reshape(*groups, -1), eps)
     return _Standardise.apply(value, input, r.view(*groups, 1), weight)
 
-# %% ../nbs/04_layernorm.ipynb #d2d7c644
+# %% ../nbs/04_layernorm.ipynb #be5738ca
 @rule('layernorm', F.rms_norm, torch.rms_norm)
 def _rms_norm(op, input, normalized_shape, weight=None, eps=None):
     x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
@@ -54,7 +53,7 @@ def _normalize(op, input, p=2., dim=1, eps=1e-12, **_):
     x = const(input)
     return scale_backward(op(x, p, dim, eps), input, 1/x.norm(p, dim, keepdim=True).clamp_min(eps))
 
-# %% ../nbs/04_layernorm.ipynb #68bd7521
+# %% ../nbs/04_layernorm.ipynb #3d19249c
 @rule('layernorm', Tensor.__rdiv__, Tensor.__rtruediv__, # 1/x is x.__rdiv__(1)
       *[getattr(o, n) for o in (torch, Tensor) for n in 'rsqrt rsqrt_ reciprocal reciprocal_'.split()])
 def _reciprocal(op, input, *args): return constant_gate(op, input, *args)
@@ -66,7 +65,7 @@ def _divide(op, input, other, **kwargs): return op(input, const(other) if isinst
 @rule('layernorm', torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_)
 def _plus_quotient(op, input, tensor1, tensor2, **kwargs): return op(input, tensor1, const(tensor2), **kwargs)
 
-# %% ../nbs/04_layernorm.ipynb #22110950
+# %% ../nbs/04_layernorm.ipynb #cafe7df3
 @rule('layernorm', F.group_norm, torch.group_norm)
 def _group_norm(op, input, num_groups, weight=None, bias=None, eps=1e-5, *_, **__):
     per_channel = None if weight is None else weight.view(-1, *[1]*(input.ndim - 2))
@@ -80,3 +79,9 @@ def _instance_norm(op, input, running_mean=None, running_var=None, weight=None, 
     return _group_norm(stock, input, input.shape[1], weight, bias, eps) if use_input_stats else stock(input)
 
 additive(F.instance_norm)(at_zero);
+
+# %% ../nbs/04_layernorm.ipynb #81452181
+@rule('layernorm', F.batch_norm)
+def _batch_norm(op, *args, **kwargs):
+    if (out := op(*args, **kwargs)).requires_grad: out.register_hook(Tensor.contiguous)
+    return out

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'TokenTally', 'listen', 'bottlenecks', 'prefix_in_front',
-           'Trace', 'start', 'trace']
+           'Trace', 'start', 'as_function', 'trace']
 
-# %% ../nbs/10_trace.ipynb #b482d5f7
+# %% ../nbs/10_trace.ipynb #a10861de
 import math, threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #a2e2bcf1
+# %% ../nbs/10_trace.ipynb #fe13213a
 import torch
 from torch import nn
 
-# %% ../nbs/10_trace.ipynb #ff97d980
+# %% ../nbs/10_trace.ipynb #b9168418
 from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
-# %% ../nbs/10_trace.ipynb #1c7fa6e7
+# %% ../nbs/10_trace.ipynb #8eb721dc
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -34,7 +34,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #7ebfd602
+# %% ../nbs/10_trace.ipynb #888a6948
 def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
@@ -47,7 +47,7 @@ def token_axes(
     axis = token_axis(shape, state.n, before)
     return axis and (axis,)
 
-# %% ../nbs/10_trace.ipynb #46f1f0a0
+# %% ../nbs/10_trace.ipynb #fbb80462
 def placed(
     part:torch.Tensor, # what a constant contributes, shaped like the operation's output
     state:State,
@@ -60,7 +60,7 @@ def placed(
     axes = token_axes(part.shape, state, before) if part.ndim and len(part) == batch else None
     return axes and (state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
-# %% ../nbs/10_trace.ipynb #605b731b
+# %% ../nbs/10_trace.ipynb #e3fd4549
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -68,7 +68,7 @@ def per_image(part, batch):
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #e570bab4
+# %% ../nbs/10_trace.ipynb #37f59c92
 def meet(
     h:torch.Tensor,
     note,           # called with the gradient of `h` as it is now
@@ -77,7 +77,7 @@ def meet(
     h.register_hook(note)
     return swap_backward(h, h) if h._is_view() else h
 
-# %% ../nbs/10_trace.ipynb #fb9f866b
+# %% ../nbs/10_trace.ipynb #a56993b6
 class TokenTally(Tally):
     "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def __init__(self, batch:int, plan:Layout):
@@ -121,7 +121,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(len(kept), self.batch, n)
         self.constants, self.unplaced = new(len(kept) + 1, self.batch, n), new(len(kept) + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #d1c55304
+# %% ../nbs/10_trace.ipynb #a2f5cd05
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -137,7 +137,7 @@ def listen(tally:TokenTally):
             undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #7dba5919
+# %% ../nbs/10_trace.ipynb #476c2438
 def bottlenecks(
     scores, # tensors
     end,    # node of the graph at the input
@@ -157,7 +157,7 @@ def bottlenecks(
     total = sum(ways[n] for n, _ in roots)
     return [i for i, s in enumerate(states) if ways.get(s[0], 0)*tensor[s] == total]
 
-# %% ../nbs/10_trace.ipynb #97e84a6c
+# %% ../nbs/10_trace.ipynb #dced6111
 def prefix_in_front(tally:TokenTally, leaf):
     "Whether the tokens before the patches of the first state are the same for any image"
     h, p = tally.first, tally.states[0].prefix if tally.states else 0
@@ -167,7 +167,7 @@ def prefix_in_front(tally:TokenTally, leaf):
     g, = torch.autograd.grad(h, leaf, v*torch.linspace(1, 2, h.shape[-1]).to(v), retain_graph=True)
     return not g.any()
 
-# %% ../nbs/10_trace.ipynb #0c576e01
+# %% ../nbs/10_trace.ipynb #dc8a7ce0
 @dataclass
 class Trace:
     "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
@@ -194,13 +194,13 @@ class Trace:
         here = self.pixels.flatten(1) if block is None else self.input_x_gradient[block]
         return self.score - here.sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #371ab39d
+# %% ../nbs/10_trace.ipynb #0cb41eb9
 class _Start:
     "The tensor where gradients end, and the clone that the model gets"
-    def __init__(self, x=None): self.leaf = self.fed = None; self.begin(x) if x is not None else None
+    def __init__(self, x=None, instead=None): self.leaf, self.instead = None, instead; self.begin(x) if x is not None else None
     def begin(self, x):
         self.leaf = x.detach().clone().requires_grad_()
-        self.fed = self.leaf.clone()
+        self.fed = self.leaf.clone() if self.instead is None else self.instead
         self.node = self.fed.grad_fn
         return self.fed
 
@@ -209,10 +209,10 @@ def _embeddings(model):
     except (AttributeError, NotImplementedError): return [m for m in model.modules() if isinstance(m, nn.Embedding)]
 
 @contextmanager
-def start(model, data):
-    "A `_Start`: at once for images, and for text when the first embedding has taken the token ids"
+def start(model, data, instead=None):
+    "A `_Start`: at once for images, and for text when the first embedding has taken the token ids; `instead` replaces what it returns"
     if not data.text: yield _Start(data.x); return
-    begun, thread = _Start(), threading.get_ident()
+    begun, thread = _Start(instead=instead), threading.get_ident()
     def hook(module, args, out):
         mine = threading.get_ident() == thread and begun.leaf is None and args and isinstance(args[0], torch.Tensor)
         if mine and args[0].shape == data.x.shape and torch.equal(args[0], data.x): return begun.begin(out)
@@ -220,7 +220,20 @@ def start(model, data):
         for m in _embeddings(model): undo.callback(m.register_forward_hook(hook).remove)
         yield begun
 
-# %% ../nbs/10_trace.ipynb #123317e1
+# %% ../nbs/10_trace.ipynb #8f03af5d
+def as_function(
+    model,
+    images, # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
+):          # a function, and the tensor to call it with: images [B, C, H, W] or embedded tokens [B, N, C]
+    "The model as a function of what is explained"
+    data = read_inputs(model, images)
+    if not data.text: return lambda x: data.call(model, x), data.x
+    with torch.no_grad(), start(model, data) as begun: data.call(model, data.x)
+    def embedded(x):
+        with start(model, data, x): return data.call(model, data.x)
+    return embedded, begun.leaf.detach()
+
+# %% ../nbs/10_trace.ipynb #e0a78e10
 def trace(
     model,
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -243,7 +256,7 @@ def trace(
         kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #c6e192f3
+# %% ../nbs/10_trace.ipynb #5198bb2f
 def _check_scores(scores, begun):
     for score, _ in scores:
         if begun.leaf is None: raise ValueError(
@@ -254,7 +267,7 @@ def _check_scores(scores, begun):
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
-# %% ../nbs/10_trace.ipynb #380ab5c7
+# %% ../nbs/10_trace.ipynb #faf4e799
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
     try: g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
