@@ -6,21 +6,21 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #e9a80668
-import threading
+# %% ../nbs/00_core.ipynb #5ae4258f
+import threading, warnings
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #c97934f8
+# %% ../nbs/00_core.ipynb #e8df8bb1
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #810398da
+# %% ../nbs/00_core.ipynb #39bd2eb3
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #cc1e413b
+# %% ../nbs/00_core.ipynb #eafd87f5
 class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, surrogate, *gates):
@@ -39,7 +39,7 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #be4baf80
+# %% ../nbs/00_core.ipynb #bc525e91
 def scale_backward(
     value:torch.Tensor,  # what the forward pass returns, bit for bit
     x:torch.Tensor,      # same shape as `value`; where the gradient goes
@@ -48,7 +48,7 @@ def scale_backward(
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
     return _Swap.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #3e1182f2
+# %% ../nbs/00_core.ipynb #c9e629e1
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -70,7 +70,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #ff481258
+# %% ../nbs/00_core.ipynb #45797f8d
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -94,7 +94,7 @@ class _Mode(TorchFunctionMode):
         if note: note(args[0] if out is None else out)  # x[i] = y returns None
         return out
 
-# %% ../nbs/00_core.ipynb #43a69b30
+# %% ../nbs/00_core.ipynb #0501c6e2
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -102,13 +102,14 @@ def _hook_modules(model, mode):
     "Hooks for the rules that are keyed by module type"
     hooks = ExitStack()
     for m in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(m, torch.jit.ScriptModule): warnings.warn('a part of the model is scripted: rules cannot see inside, and gradients may not add up')
         handler = mode.rules.get(type(m)) or mode.rules.get(f'{type(m).__module__}.{type(m).__qualname__}')
         def balance(m, args, kwargs, out, handler=handler):
             return handler(out, m, *args, **kwargs) if _here.mode is mode else None
         if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 
-# %% ../nbs/00_core.ipynb #257c2371
+# %% ../nbs/00_core.ipynb #ee5e0186
 @contextmanager
 def libra(
     model=None,    # the model, or any function; it is not changed
@@ -116,14 +117,14 @@ def libra(
     tally=None,    # asked before every operation, see `Tally`
 ):
     "Balanced gradients for everything computed inside the `with` block; the forward pass stays bit for bit the same"
-    if getattr(model, 'training', False): raise ValueError('the model is in training mode, where dropout and batch statistics change the answer: call model.eval() first')
+    if isinstance(model, nn.Module) and any(m.training for m in model.modules()): raise ValueError('the model, or a part of it, is in training mode, where dropout and batch statistics change the answer: call model.eval() first')
     mode, outer = _Mode(rule_set(rules), tally), _here.mode
     with _hook_modules(model, mode) as undo:
         if outer: outer.shadowed = True; undo.callback(setattr, outer, 'shadowed', False)
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #000577c1
+# %% ../nbs/00_core.ipynb #64621578
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -154,7 +155,7 @@ class Tally:
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #d76cf57a
+# %% ../nbs/00_core.ipynb #0b625bd3
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -169,7 +170,7 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #069c613d
+# %% ../nbs/00_core.ipynb #eddc71eb
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'Book', 'Ledger', 'ledger', 'levels', 'water_level', 'unknown']
 
-# %% ../nbs/06_ledger.ipynb #b4a9ca2b
+# %% ../nbs/06_ledger.ipynb #bb766817
 import re, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 
-# %% ../nbs/06_ledger.ipynb #78dc3061
+# %% ../nbs/06_ledger.ipynb #f85a4a63
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# %% ../nbs/06_ledger.ipynb #ea5f1f85
+# %% ../nbs/06_ledger.ipynb #24f6c829
 from .core import *
 from .core import _here
 from . import affine, activations, attention, layernorm, gating
 from .affine import depends
 
-# %% ../nbs/06_ledger.ipynb #0778afb9
+# %% ../nbs/06_ledger.ipynb #62032e3e
 @dataclass(eq=False)
 class Row:
     "One operation of a forward pass; its flows are in units of the score"
@@ -44,7 +44,7 @@ class Row:
     @property
     def residual(self): return self.outflow - self.inflow - self.constants
 
-# %% ../nbs/06_ledger.ipynb #0071360b
+# %% ../nbs/06_ledger.ipynb #a124f9c0
 class _Edge(torch.autograd.Function):
     "The same tensor on its way into an operation; the backward pass books what flows through it"
     @staticmethod
@@ -57,7 +57,7 @@ class _Edge(torch.autograd.Function):
         ctx.book.post(g, *ctx.entry)
         return g, None, None, None
 
-# %% ../nbs/06_ledger.ipynb #77a09d70
+# %% ../nbs/06_ledger.ipynb #4df8ea8f
 class _Held:
     "A value that the backward pass will ask for once"
     def __init__(self, t): self.value = t.detach()
@@ -89,7 +89,7 @@ class _Accounts:
         for row in views: row.inflow += amount; row.outflow += amount
         if taker: taker.inflow += amount
 
-# %% ../nbs/06_ledger.ipynb #3f603bdc
+# %% ../nbs/06_ledger.ipynb #64d003c2
 class _Source:
     "The row that wrote a piece of memory last"
     def __init__(self, row): self.row = row
@@ -138,7 +138,7 @@ class _Origins(_Accounts):
     def across(self, i, row, held, givers, gs, _):
         if gs[i] is not None: self.post(gs[i], _Held(held.value), givers, row)
 
-# %% ../nbs/06_ledger.ipynb #afad11ed
+# %% ../nbs/06_ledger.ipynb #1283b8c7
 def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 def _flows(t): return depends(t) and not isinstance(t, nn.Parameter)
 
@@ -207,7 +207,7 @@ class Book(_Origins):
         else: self.made(base, _Source(row))
         if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
 
-# %% ../nbs/06_ledger.ipynb #d58eeff0
+# %% ../nbs/06_ledger.ipynb #e5558dda
 _PASS = set('__set__ register_hook requires_grad_ retain_grad backward detach_'.split())
 
 def _name(op):
@@ -238,7 +238,7 @@ class _RowTally(Tally):
         row.constants += amount
         self.total += amount
 
-# %% ../nbs/06_ledger.ipynb #4696971c
+# %% ../nbs/06_ledger.ipynb #5125c547
 def _paths(model):
     "(path, block) of every module, by its id"
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
@@ -265,7 +265,7 @@ def _calls(model, book):
             undo.callback(m.register_forward_hook(leave, always_call=True).remove)
         yield
 
-# %% ../nbs/06_ledger.ipynb #fd10a56d
+# %% ../nbs/06_ledger.ipynb #8a568096
 def _pick(output, target):
     "Score [B] of a class (None: the predicted one), or of a function of the output"
     if callable(target): return target(output)
@@ -293,7 +293,7 @@ def _keep_books(model, x, target, rules, parts, careful):
     sheet = Ledger(book.rows, total.item(), float(source.row.outflow), float(tally.total), x.dtype, '')
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
-# %% ../nbs/06_ledger.ipynb #fe2dc35f
+# %% ../nbs/06_ledger.ipynb #567bc55f
 @dataclass
 class Ledger:
     "Where a score went; all amounts are in its units, summed over the batch"
@@ -320,7 +320,7 @@ class Ledger:
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/06_ledger.ipynb #cd730237
+# %% ../nbs/06_ledger.ipynb #af8defd3
 def ledger(
     model,          # a module, or any function of one tensor
     x:torch.Tensor, # its input, [B, ...]
@@ -329,6 +329,8 @@ def ledger(
     parts=None,     # the module whose parts give the rows their names, where `model` is a function
 )->Ledger:
     "What flowed into and out of every operation, and what went missing there"
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError('the ledger starts at a tensor of floating-point numbers: '
+        'for token ids or a dictionary, f, x = libragrad_nb.trace.as_function(model, inputs) and ledger(f, x, parts=model)')
     table, parts = rule_set(rules), model if parts is None else parts
     try:
         book, sheet, received = _keep_books(model, x, target, table, parts, careful=False)
@@ -351,7 +353,7 @@ def _audit(book, sheet, received):
     if missing > 1e-13*gross or apart > max(1e-13, 8*torch.finfo(sheet.dtype).eps)*gross: raise RuntimeError(
         f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, the input received {apart:.1e} that is not booked')
 
-# %% ../nbs/06_ledger.ipynb #0ec46dfe
+# %% ../nbs/06_ledger.ipynb #0378ccf2
 def _at(row): return row.operation + (f' in {row.module}' if row.module else '')
 
 def _check_finite(book, sheet):
@@ -361,7 +363,7 @@ def _check_finite(book, sheet):
     bad = [r for r in sheet.rows if not np.isfinite(r.inflow + r.constants) and np.isfinite(r.outflow)]
     if bad: raise ValueError(f'the gradient is not finite any more below {_at(bad[-1])}')
 
-# %% ../nbs/06_ledger.ipynb #af04d38d
+# %% ../nbs/06_ledger.ipynb #abac3078
 def _by(sheet, what):
     "Amounts summed by 'operation', 'block', 'module' or 'rule'; 'row' for all rows"
     rows = pd.DataFrame([{**vars(r), 'residual': r.residual} for r in sheet.rows])
@@ -374,7 +376,7 @@ def _by(sheet, what):
     table['share'] = table.residual/sheet.score
     return table if what in ('block', 'module') else table.sort_values('residual', key=abs, ascending=False)
 
-# %% ../nbs/06_ledger.ipynb #07aeefda
+# %% ../nbs/06_ledger.ipynb #7a558073
 def _summary(sheet):
     leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
     return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4g} = input {sheet.attribution:.4g} + constants '
@@ -389,13 +391,13 @@ def _html(sheet, most=8):
     more = f'<p>and {len(kinds) - most} more kinds of operations</p>' if len(kinds) > most else ''
     return f'<p>{_summary(sheet)}</p>{table.to_html()}{more}'
 
-# %% ../nbs/06_ledger.ipynb #1c354105
+# %% ../nbs/06_ledger.ipynb #00d4b817
 def levels(sheet:Ledger)->np.ndarray: # [rows + 1], the last one is at the output
     "What of the score is accounted for below each operation, from the input up"
     residuals = np.array([r.residual for r in sheet.rows])
     return sheet.score - np.append(residuals[::-1].cumsum()[::-1], 0)
 
-# %% ../nbs/06_ledger.ipynb #f4697a89
+# %% ../nbs/06_ledger.ipynb #cbc8f30e
 def water_level(*sheets, width:float=7, most:int=4):
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
     import matplotlib.pyplot as plt
@@ -415,7 +417,7 @@ def water_level(*sheets, width:float=7, most:int=4):
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_ledger.ipynb #44c0a956
+# %% ../nbs/06_ledger.ipynb #a6e25819
 def _draw_level(ax, sheet, color, colors):
     y, n = levels(sheet)[::-1], len(sheet.rows)
     x = np.arange(n + 1)/n
@@ -433,7 +435,7 @@ def _draw_blocks(ax, sheet):
         ax.axvspan(lo/n, hi/n, color='0.5', alpha=.12 if i % 2 else .05, lw=0)
         ax.text((lo + hi)/2/n, 1, names[lo].rpartition('.')[2], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color='0.4')
 
-# %% ../nbs/06_ledger.ipynb #726c2acb
+# %% ../nbs/06_ledger.ipynb #3eb7f948
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
     float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
     cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh'''.split()
@@ -452,7 +454,7 @@ def _without_rule(op, *args, **kwargs):
         if depends(t): t.register_hook(partial(_warn_once, mode, _name(op)))
     return out
 
-# %% ../nbs/06_ledger.ipynb #68c6fa31
+# %% ../nbs/06_ledger.ipynb #16fac2ca
 def unknown(
     model,           # a module, or any function of one tensor
     x:torch.Tensor,  # its input, [B, ...]

@@ -6,13 +6,13 @@
 __all__ = ['EMBEDDED', 'WEIGHTS', 'digit_bank', 'clutter', 'place', 'pick', 'stamp', 'Scenes', 'scenes', 'vit_digits',
            'mixer_digits', 'train', 'accuracy', 'save', 'load', 'record']
 
-# %% ../nbs/08_zoo.ipynb #ad514984
+# %% ../nbs/08_zoo.ipynb #e8c9f3ab
 import json, math, os
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 
-# %% ../nbs/08_zoo.ipynb #286e1bf4
+# %% ../nbs/08_zoo.ipynb #31e091f0
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from timm.models import VisionTransformer
 from timm.models.mlp_mixer import MlpMixer
 from tqdm.auto import trange
 
-# %% ../nbs/08_zoo.ipynb #c7bdad92
+# %% ../nbs/08_zoo.ipynb #fcaccc39
 @lru_cache
 def digit_bank(
     split:str='test', # 'train' (1400 images) or 'test' (397); they share none
@@ -33,13 +33,13 @@ def digit_bank(
     mine = dict(train=order[:1400], test=order[1400:])[split]
     return torch.tensor(d.images, dtype=torch.float32)[mine]/16, torch.tensor(d.target)[mine]
 
-# %% ../nbs/08_zoo.ipynb #de69307e
+# %% ../nbs/08_zoo.ipynb #e97081db
 def clutter(n, size, g):
     "Coarse and fine colour noise [n, 3, size, size] in [0, 1]"
     coarse = F.interpolate(torch.rand(n, 3, 8, 8, generator=g), (size, size), mode='bicubic')
     return (.5*coarse + .05*torch.randn(n, 3, size, size, generator=g)).clamp(0, 1)
 
-# %% ../nbs/08_zoo.ipynb #79778c68
+# %% ../nbs/08_zoo.ipynb #fe672804
 def place(n, digits, size, g):
     "Squares [n, digits, 3] as centre row, centre column and side in pixels, that hardly overlap"
     def draw(m):
@@ -54,7 +54,7 @@ def place(n, digits, size, g):
     while (bad := clash(box)).any(): box[bad] = draw(int(bad.sum()))
     return box
 
-# %% ../nbs/08_zoo.ipynb #4edd0d57
+# %% ../nbs/08_zoo.ipynb #2e530799
 def pick(labels, split, g):
     "A random glyph of each class: labels [n, digits] to [n, digits, 8, 8]"
     glyphs, classes = digit_bank(split)
@@ -63,7 +63,7 @@ def pick(labels, split, g):
     nth = (torch.rand(labels.shape, generator=g)*count[labels]).long()
     return glyphs[by_class[count.cumsum(0)[labels] - count[labels] + nth]]
 
-# %% ../nbs/08_zoo.ipynb #57cb4a60
+# %% ../nbs/08_zoo.ipynb #531608d0
 def stamp(glyphs, box, angle, size):
     "Glyphs [m, 8, 8] painted into squares [m, 3], tilted by angle [m] in radians: ink [m, size, size] in [0, 1]"
     cos, sin = angle.cos(), angle.sin()
@@ -72,7 +72,7 @@ def stamp(glyphs, box, angle, size):
     grid = F.affine_grid(torch.cat([zoom, -zoom@centre], -1), (len(glyphs), 1, size, size), align_corners=False)
     return F.grid_sample(glyphs[:, None], grid, align_corners=False)[:, 0]
 
-# %% ../nbs/08_zoo.ipynb #215cec04
+# %% ../nbs/08_zoo.ipynb #2ec7e8d5
 @dataclass
 class Scenes:
     "Pictures of digits on clutter, with the truth about them"
@@ -83,7 +83,7 @@ class Scenes:
     def __getitem__(self, i): return Scenes(self.images[i], self.labels[i], self.masks[i])
     def show(self, cols=6, width=7): return _show_scenes(self, cols, width)
 
-# %% ../nbs/08_zoo.ipynb #89449c12
+# %% ../nbs/08_zoo.ipynb #c816046f
 def scenes(
     n:int,            # how many
     digits:int=1,     # digits in each, of different classes
@@ -102,7 +102,7 @@ def scenes(
     for k in range(digits): images = torch.lerp(images, colour[:, k].expand_as(images), ink[:, k, None])
     return Scenes(2*images - 1, labels, ink > .4)
 
-# %% ../nbs/08_zoo.ipynb #3a8a41e6
+# %% ../nbs/08_zoo.ipynb #d504be42
 def _show_scenes(s, cols, width):
     import matplotlib.pyplot as plt
     rows = math.ceil(len(s)/cols)
@@ -116,7 +116,7 @@ def _show_scenes(s, cols, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/08_zoo.ipynb #bc3bde44
+# %% ../nbs/08_zoo.ipynb #898565bd
 def vit_digits():
     "A Vision Transformer with a class token: 6 blocks, 4 heads, width 128"
     return VisionTransformer(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=10)
@@ -129,7 +129,7 @@ def mixer_digits():
 
 EMBEDDED = dict(vit_digits=vit_digits, mixer_digits=mixer_digits)
 
-# %% ../nbs/08_zoo.ipynb #dfced723
+# %% ../nbs/08_zoo.ipynb #ef58bd2d
 def train(
     model,
     steps:int,
@@ -157,7 +157,7 @@ def train(
     model.eval()
     return losses
 
-# %% ../nbs/08_zoo.ipynb #99513370
+# %% ../nbs/08_zoo.ipynb #e643679c
 @torch.no_grad()
 def accuracy(model, s:Scenes, batch_size=250):
     "Share of one-digit scenes whose digit is the model's first choice"
@@ -165,7 +165,7 @@ def accuracy(model, s:Scenes, batch_size=250):
     hits = [(model(s.images[i:i+batch_size].to(device)).argmax(-1).cpu() == s.labels[i:i+batch_size, 0]) for i in range(0, len(s), batch_size)]
     return torch.cat(hits).float().mean().item()
 
-# %% ../nbs/08_zoo.ipynb #56e47509
+# %% ../nbs/08_zoo.ipynb #b64378c6
 WEIGHTS = files('libragrad_nb')/'weights'
 
 def save(
@@ -182,7 +182,7 @@ def save(
     os.chmod(path + '.part', 0o644); os.replace(path + '.part', path)
     return record
 
-# %% ../nbs/08_zoo.ipynb #b5c81a67
+# %% ../nbs/08_zoo.ipynb #3930b35d
 def load(
     name:str='vit_digits', # 'vit_digits' or 'mixer_digits'
     folder=WEIGHTS,
