@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'Book', 'Ledger', 'ledger', 'levels', 'water_level', 'unknown']
 
-# %% ../nbs/06_ledger.ipynb #bb766817
+# %% ../nbs/06_ledger.ipynb #17ab8fb8
 import re, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 
-# %% ../nbs/06_ledger.ipynb #f85a4a63
+# %% ../nbs/06_ledger.ipynb #c02efc91
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# %% ../nbs/06_ledger.ipynb #24f6c829
+# %% ../nbs/06_ledger.ipynb #2212d18e
 from .core import *
 from .core import _here
 from . import affine, activations, attention, layernorm, gating
 from .affine import depends
 
-# %% ../nbs/06_ledger.ipynb #62032e3e
+# %% ../nbs/06_ledger.ipynb #5d4657a1
 @dataclass(eq=False)
 class Row:
     "One operation of a forward pass; its flows are in units of the score"
@@ -44,7 +44,7 @@ class Row:
     @property
     def residual(self): return self.outflow - self.inflow - self.constants
 
-# %% ../nbs/06_ledger.ipynb #a124f9c0
+# %% ../nbs/06_ledger.ipynb #60b6fec2
 class _Edge(torch.autograd.Function):
     "The same tensor on its way into an operation; the backward pass books what flows through it"
     @staticmethod
@@ -57,7 +57,7 @@ class _Edge(torch.autograd.Function):
         ctx.book.post(g, *ctx.entry)
         return g, None, None, None
 
-# %% ../nbs/06_ledger.ipynb #4df8ea8f
+# %% ../nbs/06_ledger.ipynb #94778b60
 class _Held:
     "A value that the backward pass will ask for once"
     def __init__(self, t): self.value = t.detach()
@@ -89,7 +89,7 @@ class _Accounts:
         for row in views: row.inflow += amount; row.outflow += amount
         if taker: taker.inflow += amount
 
-# %% ../nbs/06_ledger.ipynb #64d003c2
+# %% ../nbs/06_ledger.ipynb #d3970ea2
 class _Source:
     "The row that wrote a piece of memory last"
     def __init__(self, row): self.row = row
@@ -117,10 +117,13 @@ class _Origins(_Accounts):
         source, views = self.sources[t]
         return *views, source.row
 
+# %% ../nbs/06_ledger.ipynb #f932845d
+class _Foreign(_Origins):
+    "Rows for code that nobody saw"
     def foreign(self, t):
         name = t.grad_fn.name().split('::')[-1].removesuffix('0').removesuffix('Backward') if t.grad_fn else 'leaf tensor'
         key = t.grad_fn or t
-        if key not in self.opaque:  # code with several outputs has one row
+        if key not in self.opaque: # code with several outputs has one row
             self.opaque[key] = self.open(name, shape=tuple(t.shape), opaque=True)
             if self.careful and t.grad_fn: self.follow(t.grad_fn, self.opaque[key])
         return self.opaque[key]
@@ -138,7 +141,7 @@ class _Origins(_Accounts):
     def across(self, i, row, held, givers, gs, _):
         if gs[i] is not None: self.post(gs[i], _Held(held.value), givers, row)
 
-# %% ../nbs/06_ledger.ipynb #1283b8c7
+# %% ../nbs/06_ledger.ipynb #5af1b55b
 def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 def _flows(t): return depends(t) and not isinstance(t, nn.Parameter)
 
@@ -152,10 +155,38 @@ def _in_place(op, args, kwargs):
     if i is not None: return bool(kwargs.get('inplace', args[i] if len(args) > i else False))
     return re.fullmatch(r'__i(?!nit)[a-z]+__|__setitem__|[a-z]\w*[a-z0-9]_', op.__name__) is not None
 
-class Book(_Origins):
-    "Runs operations and keeps the ledger"
-    def tap(self, tree, row): return tree_map(lambda t: _Edge.apply(t, self, self.givers(t), row) if isinstance(t, torch.Tensor) and _flows(t) else t, tree)
+# %% ../nbs/06_ledger.ipynb #cd496c35
+class _Overwriting(_Foreign):
+    "Runs operations that change their first argument"
+    def tap(self, tree, row):
+        def tapped(t): return _Edge.apply(t, self, self.givers(t), row) if isinstance(t, torch.Tensor) and _flows(t) else t
+        return tree_map(tapped, tree)
 
+    def overwrite(self, op, args, kwargs, row):
+        x = args[0] if args else kwargs['input']
+        base = x if x._base is None else x._base
+        copy = self.tap(base, row).clone()
+        there = copy if base is x else copy.as_strided(x.shape, x.stride(), x.storage_offset() - base.storage_offset())
+        tapped, kw = tree_map(lambda t: there if t is x else self.tap(t, row), (args, kwargs))
+        version = copy._version
+        out = op(*tapped, **kw)
+        if copy._version == version: self.rows.remove(row) # it changed nothing, as dropout in evaluation mode
+        else: self.put_back(copy, x, base, row)
+        return x if out is there else out
+
+    def put_back(self, copy, x, base, row):
+        self.before_overwriting(base)
+        if base.requires_grad and not copy.requires_grad: base.detach_()
+        base.copy_(copy)
+        row.shape, known = tuple(x.shape), base in self.sources
+        if known: self.sources[base][0].row = row
+        else: self.made(base, _Source(row))
+        if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
+        if self.careful: self.alarm([x], row)
+
+# %% ../nbs/06_ledger.ipynb #5264f6d8
+class Book(_Overwriting):
+    "Runs operations and keeps the ledger"
     def run(self, op, args, kwargs, name, rule='', views=True):
         inputs = {_memory(t): (t, self.givers(t)) for t in _tensors((args, kwargs)) if _flows(t)}
         self.now = row = self.open(name, rule, opaque=isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)))
@@ -172,10 +203,8 @@ class Book(_Origins):
         if self.careful: self.alarm(outs, row)
         for t in outs:
             row.shape, (a, _) = tuple(t.shape), inputs.get(_memory(t), (None, None))
-            if a is None: self.made(t, _Source(row))
-            else:
-                source, views = self.sources[a]
-                self.made(t, source, (row, *views))
+            source, views = (_Source(row), ()) if a is None else (self.sources[a][0], (row, *self.sources[a][1]))
+            self.made(t, source, views)
 
     def alarm(self, outs, row):
         "Remember which row brought the first NaN and the first infinity"
@@ -183,31 +212,7 @@ class Book(_Origins):
             for kind, test in dict(infinity=torch.isinf, NaN=torch.isnan).items():
                 if kind not in self.broken and test(t).any(): self.broken[kind] = row
 
-    def overwrite(self, op, args, kwargs, row):
-        x = args[0] if args else kwargs['input']
-        base = x if x._base is None else x._base
-        copy = (self.tap(base, row) if _flows(base) else base).clone()
-        there = copy if base is x else copy.as_strided(x.shape, x.stride(), x.storage_offset() - base.storage_offset())
-        tapped, kw = tree_map(lambda t: there if t is x else self.tap(t, row), (args, kwargs))
-        version = copy._version
-        out = op(*tapped, **kw)
-        if copy._version == version: # nothing to put back, as dropout in evaluation mode
-            self.rows.remove(row)
-            return x
-        if self.careful: self.alarm([copy], row)
-        self.put_back(copy, x, base, row)
-        return x if out is there else out
-
-    def put_back(self, copy, x, base, row):
-        self.before_overwriting(base)
-        if base.requires_grad and not copy.requires_grad: base.detach_()
-        base.copy_(copy)
-        row.shape, known = tuple(x.shape), base in self.sources
-        if known: self.sources[base][0].row = row
-        else: self.made(base, _Source(row))
-        if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
-
-# %% ../nbs/06_ledger.ipynb #e5558dda
+# %% ../nbs/06_ledger.ipynb #94c7556a
 _PASS = set('__set__ register_hook requires_grad_ retain_grad backward detach_'.split())
 
 def _name(op):
@@ -238,7 +243,7 @@ class _RowTally(Tally):
         row.constants += amount
         self.total += amount
 
-# %% ../nbs/06_ledger.ipynb #5125c547
+# %% ../nbs/06_ledger.ipynb #b8de7916
 def _paths(model):
     "(path, block) of every module, by its id"
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
@@ -265,7 +270,7 @@ def _calls(model, book):
             undo.callback(m.register_forward_hook(leave, always_call=True).remove)
         yield
 
-# %% ../nbs/06_ledger.ipynb #8a568096
+# %% ../nbs/06_ledger.ipynb #7f108d0f
 def _pick(output, target):
     "Score [B] of a class (None: the predicted one), or of a function of the output"
     if callable(target): return target(output)
@@ -293,7 +298,7 @@ def _keep_books(model, x, target, rules, parts, careful):
     sheet = Ledger(book.rows, total.item(), float(source.row.outflow), float(tally.total), x.dtype, '')
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
-# %% ../nbs/06_ledger.ipynb #567bc55f
+# %% ../nbs/06_ledger.ipynb #cbc3d14d
 @dataclass
 class Ledger:
     "Where a score went; all amounts are in its units, summed over the batch"
@@ -320,7 +325,7 @@ class Ledger:
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/06_ledger.ipynb #af8defd3
+# %% ../nbs/06_ledger.ipynb #722493c3
 def ledger(
     model,          # a module, or any function of one tensor
     x:torch.Tensor, # its input, [B, ...]
@@ -353,7 +358,7 @@ def _audit(book, sheet, received):
     if missing > 1e-13*gross or apart > max(1e-13, 8*torch.finfo(sheet.dtype).eps)*gross: raise RuntimeError(
         f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, the input received {apart:.1e} that is not booked')
 
-# %% ../nbs/06_ledger.ipynb #0378ccf2
+# %% ../nbs/06_ledger.ipynb #2f259e00
 def _at(row): return row.operation + (f' in {row.module}' if row.module else '')
 
 def _check_finite(book, sheet):
@@ -363,7 +368,7 @@ def _check_finite(book, sheet):
     bad = [r for r in sheet.rows if not np.isfinite(r.inflow + r.constants) and np.isfinite(r.outflow)]
     if bad: raise ValueError(f'the gradient is not finite any more below {_at(bad[-1])}')
 
-# %% ../nbs/06_ledger.ipynb #abac3078
+# %% ../nbs/06_ledger.ipynb #9daad1aa
 def _by(sheet, what):
     "Amounts summed by 'operation', 'block', 'module' or 'rule'; 'row' for all rows"
     rows = pd.DataFrame([{**vars(r), 'residual': r.residual} for r in sheet.rows])
@@ -376,7 +381,7 @@ def _by(sheet, what):
     table['share'] = table.residual/sheet.score
     return table if what in ('block', 'module') else table.sort_values('residual', key=abs, ascending=False)
 
-# %% ../nbs/06_ledger.ipynb #7a558073
+# %% ../nbs/06_ledger.ipynb #2f1f9f9f
 def _summary(sheet):
     leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
     return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4g} = input {sheet.attribution:.4g} + constants '
@@ -391,13 +396,13 @@ def _html(sheet, most=8):
     more = f'<p>and {len(kinds) - most} more kinds of operations</p>' if len(kinds) > most else ''
     return f'<p>{_summary(sheet)}</p>{table.to_html()}{more}'
 
-# %% ../nbs/06_ledger.ipynb #00d4b817
+# %% ../nbs/06_ledger.ipynb #99cd12de
 def levels(sheet:Ledger)->np.ndarray: # [rows + 1], the last one is at the output
     "What of the score is accounted for below each operation, from the input up"
     residuals = np.array([r.residual for r in sheet.rows])
     return sheet.score - np.append(residuals[::-1].cumsum()[::-1], 0)
 
-# %% ../nbs/06_ledger.ipynb #cbc8f30e
+# %% ../nbs/06_ledger.ipynb #65c68ced
 def water_level(*sheets, width:float=7, most:int=4):
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
     import matplotlib.pyplot as plt
@@ -417,7 +422,7 @@ def water_level(*sheets, width:float=7, most:int=4):
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_ledger.ipynb #a6e25819
+# %% ../nbs/06_ledger.ipynb #02b49345
 def _draw_level(ax, sheet, color, colors):
     y, n = levels(sheet)[::-1], len(sheet.rows)
     x = np.arange(n + 1)/n
@@ -435,7 +440,7 @@ def _draw_blocks(ax, sheet):
         ax.axvspan(lo/n, hi/n, color='0.5', alpha=.12 if i % 2 else .05, lw=0)
         ax.text((lo + hi)/2/n, 1, names[lo].rpartition('.')[2], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color='0.4')
 
-# %% ../nbs/06_ledger.ipynb #3eb7f948
+# %% ../nbs/06_ledger.ipynb #8f46e1e0
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
     float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
     cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh'''.split()
@@ -454,7 +459,7 @@ def _without_rule(op, *args, **kwargs):
         if depends(t): t.register_hook(partial(_warn_once, mode, _name(op)))
     return out
 
-# %% ../nbs/06_ledger.ipynb #16fac2ca
+# %% ../nbs/06_ledger.ipynb #4250c94e
 def unknown(
     model,           # a module, or any function of one tensor
     x:torch.Tensor,  # its input, [B, ...]
