@@ -9,7 +9,7 @@ from libragrad_nb import support
 from libragrad_nb.support import HUGGING_FACE, check, committed, isolated, known_names, main, measure, read, report, sweep, table, verdict, versions
 
 ROWS = committed()
-CHEAP = sorted((n for n, r in ROWS.items() if verdict(r) == 'complete' and r['parameters'] < 7e6), key=lambda n: ROWS[n]['seconds'])[:26]
+CHEAP = sorted((n for n, r in ROWS.items() if verdict(r) == 'complete' and r['parameters'] < 7e6 and r['turnover'] < 500), key=lambda n: ROWS[n]['seconds'])[:26]
 
 
 @pytest.fixture(autouse=True)
