@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['gated', 'secant_gate', 'constant_gate']
 
-# %% ../nbs/02_gated_activations.ipynb #b2c3e498
+# %% ../nbs/02_gated_activations.ipynb #6507f819
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .core import *
 from .affine import at_zero, depends
 
-# %% ../nbs/02_gated_activations.ipynb #a56c21f7
+# %% ../nbs/02_gated_activations.ipynb #bb695ab1
 def gated(
     op,           # an elementwise operation; it may work in place
     input:Tensor, # its first argument
@@ -25,7 +25,7 @@ def gated(
     input.mul_(gate).detach().copy_(value) # show autograd the product, then put the stock value back
     return input
 
-# %% ../nbs/02_gated_activations.ipynb #2845c50f
+# %% ../nbs/02_gated_activations.ipynb #f5092682
 @rule('activations', F.gelu)
 def _gelu(op, input, approximate='none'):
     x = const(input)
@@ -36,7 +36,7 @@ def _gelu(op, input, approximate='none'):
 @rule('activations', F.silu)
 def _silu(op, input, inplace=False): return gated(op, input, const(input).sigmoid(), inplace=inplace)
 
-# %% ../nbs/02_gated_activations.ipynb #75a2ad8b
+# %% ../nbs/02_gated_activations.ipynb #bce5d671
 def secant_gate(
     s,        # an elementwise function
     x:Tensor, # where
@@ -46,9 +46,9 @@ def secant_gate(
     t = t.abs().clamp_min(torch.finfo(t.dtype).eps**.5).copysign(t)
     return ((s(t) - s(t.new_zeros(())))/t).to(x.dtype)
 
-# %% ../nbs/02_gated_activations.ipynb #10f9a862
+# %% ../nbs/02_gated_activations.ipynb #d6cfcb73
 _elementwise = (torch.tanh, Tensor.tanh, Tensor.tanh_, F.mish, F.hardswish, F.elu, F.selu, F.celu, F.relu6, F.hardtanh, F.softsign,
-    F.tanhshrink, F.softshrink, F.softplus, F.logsigmoid, torch.clamp, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip,
+    F.tanhshrink, F.softshrink, F.softplus, F.logsigmoid, torch.selu, torch.celu, torch.clamp, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip,
     *[getattr(o, n + end) for n in 'sin tan atan sinh expm1'.split() for o, end in ((torch, ''), (Tensor, ''), (Tensor, '_'))])
 
 @rule('activations', *_elementwise)
@@ -60,7 +60,7 @@ def _secant(op, input, *args, **kwargs):
 @additive(*_elementwise)
 def _at_zero(op, input, *args, **kwargs): return at_zero(op, input.new_zeros(()), *args, **kwargs)
 
-# %% ../nbs/02_gated_activations.ipynb #01ef3c64
+# %% ../nbs/02_gated_activations.ipynb #a55b6e7d
 @rule('activations', torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, torch.sigmoid_, torch.special.expit, F.hardsigmoid,
       torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr,
       *[getattr(o, n) for o in (torch, Tensor) for n in 'sign sgn floor ceil round trunc'.split()])
@@ -74,7 +74,7 @@ def _glu(op, input, dim=-1):
     a, b = input.chunk(2, dim)
     return swap_backward(op(const(input), dim), a*const(b).sigmoid())
 
-# %% ../nbs/02_gated_activations.ipynb #9bf378c3
+# %% ../nbs/02_gated_activations.ipynb #88685220
 _hf = 'activations.NewGELUActivation activations.FastGELUActivation activations.AccurateGELUActivation activations.GELUTanh'
 _timm = '.Mish .HardSwish .HardMish _me.SwishMe _me.MishMe _me.HardSwishMe _me.HardMishMe'
 _formulas = ['transformers.models.bloom.modeling_bloom.BloomGelu', *[f'transformers.{n}' for n in _hf.split()],

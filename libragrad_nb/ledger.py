@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'Book', 'Ledger', 'ledger', 'levels', 'water_level', 'unknown']
 
-# %% ../nbs/06_ledger.ipynb #17ab8fb8
+# %% ../nbs/06_ledger.ipynb #89547ba0
 import re, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 
-# %% ../nbs/06_ledger.ipynb #c02efc91
+# %% ../nbs/06_ledger.ipynb #2328336a
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# %% ../nbs/06_ledger.ipynb #2212d18e
+# %% ../nbs/06_ledger.ipynb #e523ec4e
 from .core import *
 from .core import _here
 from . import affine, activations, attention, layernorm, gating
 from .affine import depends
 
-# %% ../nbs/06_ledger.ipynb #5d4657a1
+# %% ../nbs/06_ledger.ipynb #487b887e
 @dataclass(eq=False)
 class Row:
     "One operation of a forward pass; its flows are in units of the score"
@@ -43,8 +43,12 @@ class Row:
     constants:float = 0.
     @property
     def residual(self): return self.outflow - self.inflow - self.constants
+    def __repr__(self):
+        where = f' in {self.module}' if self.module else ''
+        return (f'{self.operation}{where}: in {self.inflow:.4g}, out {self.outflow:.4g}, '
+                f'constants {self.constants:.4g}, residual {self.residual:+.4g}')
 
-# %% ../nbs/06_ledger.ipynb #60b6fec2
+# %% ../nbs/06_ledger.ipynb #4106f971
 class _Edge(torch.autograd.Function):
     "The same tensor on its way into an operation; the backward pass books what flows through it"
     @staticmethod
@@ -57,7 +61,7 @@ class _Edge(torch.autograd.Function):
         ctx.book.post(g, *ctx.entry)
         return g, None, None, None
 
-# %% ../nbs/06_ledger.ipynb #94778b60
+# %% ../nbs/06_ledger.ipynb #f8650ae1
 class _Held:
     "A value that the backward pass will ask for once"
     def __init__(self, t): self.value = t.detach()
@@ -69,6 +73,7 @@ def _dot(g, x, careful=False):
     product = (g.conj()*x).real if g.is_complex() else g*x
     return (product.where(g != 0, 0) if careful else product).sum(dtype=torch.float64)
 
+# %% ../nbs/06_ledger.ipynb #ed5c1100
 class _Accounts:
     "Rows, and the entries in them"
     def __init__(self, careful): self.rows, self.held, self.careful = [], {}, careful
@@ -89,7 +94,7 @@ class _Accounts:
         for row in views: row.inflow += amount; row.outflow += amount
         if taker: taker.inflow += amount
 
-# %% ../nbs/06_ledger.ipynb #d3970ea2
+# %% ../nbs/06_ledger.ipynb #cc54088a
 class _Source:
     "The row that wrote a piece of memory last"
     def __init__(self, row): self.row = row
@@ -99,7 +104,7 @@ class _Origins(_Accounts):
     def __init__(self, paths, careful):
         super().__init__(careful)
         self.paths, self.where, self.sources, self.nodes = paths, [None], WeakIdKeyDictionary(), {}
-        self.opaque, self.followed, self.broken = {}, set(), {}
+        self.opaque, self.followed, self.broken, self.leaves = {}, set(), {}, []
 
     def open(self, operation, rule='', **kwargs):
         self.rows.append(Row(operation, *self.paths.get(self.where[-1], ('', '')), rule, **kwargs))
@@ -117,7 +122,7 @@ class _Origins(_Accounts):
         source, views = self.sources[t]
         return *views, source.row
 
-# %% ../nbs/06_ledger.ipynb #f932845d
+# %% ../nbs/06_ledger.ipynb #28a3fb0b
 class _Foreign(_Origins):
     "Rows for code that nobody saw"
     def foreign(self, t):
@@ -125,7 +130,8 @@ class _Foreign(_Origins):
         key = t.grad_fn or t
         if key not in self.opaque: # code with several outputs has one row
             self.opaque[key] = self.open(name, shape=tuple(t.shape), opaque=True)
-            if self.careful and t.grad_fn: self.follow(t.grad_fn, self.opaque[key])
+            if t.is_leaf: self.leaves.append(t) # not the input, and yet it asks for a gradient
+            elif self.careful: self.follow(t.grad_fn, self.opaque[key])
         return self.opaque[key]
 
     def follow(self, node, row):
@@ -141,7 +147,7 @@ class _Foreign(_Origins):
     def across(self, i, row, held, givers, gs, _):
         if gs[i] is not None: self.post(gs[i], _Held(held.value), givers, row)
 
-# %% ../nbs/06_ledger.ipynb #5af1b55b
+# %% ../nbs/06_ledger.ipynb #7f87758d
 def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 def _flows(t): return depends(t) and not isinstance(t, nn.Parameter)
 
@@ -155,7 +161,7 @@ def _in_place(op, args, kwargs):
     if i is not None: return bool(kwargs.get('inplace', args[i] if len(args) > i else False))
     return re.fullmatch(r'__i(?!nit)[a-z]+__|__setitem__|[a-z]\w*[a-z0-9]_', op.__name__) is not None
 
-# %% ../nbs/06_ledger.ipynb #cd496c35
+# %% ../nbs/06_ledger.ipynb #0424e448
 class _Overwriting(_Foreign):
     "Runs operations that change their first argument"
     def tap(self, tree, row):
@@ -165,6 +171,7 @@ class _Overwriting(_Foreign):
     def overwrite(self, op, args, kwargs, row):
         x = args[0] if args else kwargs['input']
         base = x if x._base is None else x._base
+        if base not in self.sources and x in self.sources: self.made(base, self.sources[x][0]) # some operations return a view of what they made
         copy = self.tap(base, row).clone()
         there = copy if base is x else copy.as_strided(x.shape, x.stride(), x.storage_offset() - base.storage_offset())
         tapped, kw = tree_map(lambda t: there if t is x else self.tap(t, row), (args, kwargs))
@@ -184,7 +191,7 @@ class _Overwriting(_Foreign):
         if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
         if self.careful: self.alarm([x], row)
 
-# %% ../nbs/06_ledger.ipynb #5264f6d8
+# %% ../nbs/06_ledger.ipynb #8be959c2
 class Book(_Overwriting):
     "Runs operations and keeps the ledger"
     def run(self, op, args, kwargs, name, rule='', views=True):
@@ -212,18 +219,22 @@ class Book(_Overwriting):
             for kind, test in dict(infinity=torch.isinf, NaN=torch.isnan).items():
                 if kind not in self.broken and test(t).any(): self.broken[kind] = row
 
-# %% ../nbs/06_ledger.ipynb #94c7556a
-_PASS = set('__set__ register_hook requires_grad_ retain_grad backward detach_'.split())
+# %% ../nbs/06_ledger.ipynb #a5832883
+def _looks(op):
+    "Whether it only looks at a tensor, or at its place in the graph"
+    if op.__name__ == '__get__': return op.__self__.__name__ not in ('T', 'mT', 'H', 'mH', 'real', 'imag')
+    return op.__name__ in ('__set__', 'register_hook', 'requires_grad_', 'retain_grad', 'backward', 'detach_')
 
 def _name(op):
     name = (op.__self__ if op.__name__ == '__get__' else op).__name__.split('.')[0].strip('_')
     return re.sub('^[ri](add|sub|mul|matmul|pow)$', r'\1', re.sub('^[ri]?(true)?div(ide)?$', 'div', name))
 
 class _Watch(TorchFunctionMode):
+    "Hands every operation that a gradient can come through to the book"
     def __init__(self, book, rules): super().__init__(); self.book, self.rules, self.off = book, rules, False
     def __torch_function__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.off or op.__name__ in _PASS or not torch.is_grad_enabled() or not any(map(_flows, _tensors((args, kwargs)))):
+        if self.off or _looks(op) or not torch.is_grad_enabled() or not any(map(_flows, _tensors((args, kwargs)))):
             return op(*args, **kwargs)
         return self.book.run(op, args, kwargs, _name(op), getattr(self.rules.get(op), 'family', ''))
 
@@ -231,11 +242,14 @@ class _Watch(TorchFunctionMode):
         "A rule for a module type, booked like an operation"
         def booked(out, module, *inputs, **kwargs):
             self.off = True
-            try: return self.book.run(handler, (out, module, *inputs), kwargs, type(module).__name__, getattr(handler, 'family', ''), views=False)
+            name, family = type(module).__name__, getattr(handler, 'family', '')
+            try: return self.book.run(handler, (out, module, *inputs), kwargs, name, family, views=False)
             finally: self.off = False
         return booked
 
+# %% ../nbs/06_ledger.ipynb #c964c1c7
 class _RowTally(Tally):
+    "Books constants in the row of the operation that added them"
     def __init__(self, book): super().__init__(); self.book = book
     def where(self, args, out): return self.book.now
     def add(self, g, c, row):
@@ -243,7 +257,7 @@ class _RowTally(Tally):
         row.constants += amount
         self.total += amount
 
-# %% ../nbs/06_ledger.ipynb #b8de7916
+# %% ../nbs/06_ledger.ipynb #fd9002c3
 def _paths(model):
     "(path, block) of every module, by its id"
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
@@ -255,6 +269,7 @@ def _paths(model):
         return ''
     return {id(m): (path, block(path)) for path, m in modules.items()}
 
+# %% ../nbs/06_ledger.ipynb #29588914
 @contextmanager
 def _calls(model, book):
     "Keep `book.where` at the module that is running in this thread"
@@ -270,16 +285,20 @@ def _calls(model, book):
             undo.callback(m.register_forward_hook(leave, always_call=True).remove)
         yield
 
-# %% ../nbs/06_ledger.ipynb #7f108d0f
+# %% ../nbs/06_ledger.ipynb #263d7497
 def _pick(output, target):
     "Score [B] of a class (None: the predicted one), or of a function of the output"
     if callable(target): return target(output)
     output = getattr(output, 'logits', output)
     if not isinstance(output, torch.Tensor) or output.ndim != 2: raise ValueError(
         'the model did not return [B, classes]: pass a function as target that makes one score an image of its output')
-    classes = output.argmax(-1) if target is None else torch.as_tensor(target, device=output.device).expand(len(output))
-    return output.gather(1, classes[:, None])[:, 0]
+    classes = output.argmax(-1) if target is None else torch.as_tensor(target, device=output.device)
+    if classes.dtype not in (torch.int64, torch.int32) or classes.ndim and classes.shape != output.shape[:1] or not (
+        0 <= classes.min() and classes.max() < output.shape[1]): raise ValueError(
+        f'target {target!r} is no class: pass None, an integer from 0 to {output.shape[1]-1}, one for each of {len(output)} inputs, or a function')
+    return output.gather(1, classes.long().expand(len(output))[:, None])[:, 0]
 
+# %% ../nbs/06_ledger.ipynb #4b9aefb1
 def _keep_books(model, x, target, rules, parts, careful):
     "Forward and backward; returns the book, the ledger, and what the input received by autograd's own account"
     book, leaf, source = Book(_paths(parts), careful), x.detach().clone().requires_grad_(), _Source(Row('input', '', '', ''))
@@ -291,14 +310,17 @@ def _keep_books(model, x, target, rules, parts, careful):
         book.made(inside := leaf.clone(), source)
         with _calls(parts, book), libra(parts, booked, tally), watch: output = model(inside)
         with libra(rules='plain', tally=tally), watch: score = _pick(output, target)
-        if not depends(score): raise ValueError('no gradient comes from the score to the input: the model may be scripted, quantised, or run under torch.no_grad')
+        if not depends(score): raise ValueError(
+            'no gradient comes from the score to the input: the model may be scripted, quantised, or run under torch.no_grad')
         total = _Edge.apply(score, book, book.givers(score), None).sum(dtype=torch.float64)
-        g, = torch.autograd.grad(total, leaf)
+        g, *_ = torch.autograd.grad(total, [leaf, *book.leaves], allow_unused=True)
+        if g is None: g = torch.zeros_like(leaf)
+        book.opaque, book.nodes, book.followed = bool(book.opaque), {}, set() # they hold the graph, and the graph holds the book
     for r in book.rows: r.inflow, r.outflow, r.constants = float(r.inflow), float(r.outflow), float(r.constants)
     sheet = Ledger(book.rows, total.item(), float(source.row.outflow), float(tally.total), x.dtype, '')
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
-# %% ../nbs/06_ledger.ipynb #cbc3d14d
+# %% ../nbs/06_ledger.ipynb #97492305
 @dataclass
 class Ledger:
     "Where a score went; all amounts are in its units, summed over the batch"
@@ -325,7 +347,7 @@ class Ledger:
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/06_ledger.ipynb #722493c3
+# %% ../nbs/06_ledger.ipynb #db37fa5c
 def ledger(
     model,          # a module, or any function of one tensor
     x:torch.Tensor, # its input, [B, ...]
@@ -336,7 +358,10 @@ def ledger(
     "What flowed into and out of every operation, and what went missing there"
     if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError('the ledger starts at a tensor of floating-point numbers: '
         'for token ids or a dictionary, f, x = libragrad_nb.trace.as_function(model, inputs) and ledger(f, x, parts=model)')
-    table, parts = rule_set(rules), model if parts is None else parts
+    if not len(x): raise ValueError('the batch is empty')
+    table, model = rule_set(rules), getattr(model, '_orig_mod', model) # what torch.compile was given
+    if not hasattr(table, 'items'): raise TypeError(f'rules must be a name or a dictionary of rules, not {rules!r}')
+    parts = model if parts is None else parts
     try:
         book, sheet, received = _keep_books(model, x, target, table, parts, careful=False)
         if book.opaque or not np.isfinite(sum(r.residual for r in sheet.rows) + received + sheet.score):
@@ -349,6 +374,7 @@ def ledger(
     _audit(book, sheet, received)
     return sheet
 
+# %% ../nbs/06_ledger.ipynb #2a16fbc8
 def _audit(book, sheet, received):
     "Raise where numbers are not finite, and where the books do not balance"
     _check_finite(book, sheet)
@@ -356,9 +382,10 @@ def _audit(book, sheet, received):
     missing = abs(sum(r.residual for r in sheet.rows) - sheet.completeness_error)
     apart = abs(received - sheet.attribution)
     if missing > 1e-13*gross or apart > max(1e-13, 8*torch.finfo(sheet.dtype).eps)*gross: raise RuntimeError(
-        f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, the input received {apart:.1e} that is not booked')
+        f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, '
+        f'and the input received {apart:.1e} that is not booked')
 
-# %% ../nbs/06_ledger.ipynb #2f259e00
+# %% ../nbs/06_ledger.ipynb #df9e28a7
 def _at(row): return row.operation + (f' in {row.module}' if row.module else '')
 
 def _check_finite(book, sheet):
@@ -368,7 +395,7 @@ def _check_finite(book, sheet):
     bad = [r for r in sheet.rows if not np.isfinite(r.inflow + r.constants) and np.isfinite(r.outflow)]
     if bad: raise ValueError(f'the gradient is not finite any more below {_at(bad[-1])}')
 
-# %% ../nbs/06_ledger.ipynb #9daad1aa
+# %% ../nbs/06_ledger.ipynb #eaad2cf8
 def _by(sheet, what):
     "Amounts summed by 'operation', 'block', 'module' or 'rule'; 'row' for all rows"
     rows = pd.DataFrame([{**vars(r), 'residual': r.residual} for r in sheet.rows])
@@ -381,11 +408,11 @@ def _by(sheet, what):
     table['share'] = table.residual/sheet.score
     return table if what in ('block', 'module') else table.sort_values('residual', key=abs, ascending=False)
 
-# %% ../nbs/06_ledger.ipynb #2f1f9f9f
+# %% ../nbs/06_ledger.ipynb #b13bf170
 def _summary(sheet):
     leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
-    return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4g} = input {sheet.attribution:.4g} + constants '
-            f'{sheet.constants:.4g} + without an owner {sheet.completeness_error:.2g}; leaks: {", ".join(leaks) or "none"})')
+    return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4f} = input {sheet.attribution:.4f} + constants '
+            f'{sheet.constants:.4f} + without an owner {sheet.completeness_error:.4g}; leaks: {", ".join(leaks) or "none"})')
 
 def _html(sheet, most=8):
     kinds = sheet.by('operation')
@@ -396,33 +423,33 @@ def _html(sheet, most=8):
     more = f'<p>and {len(kinds) - most} more kinds of operations</p>' if len(kinds) > most else ''
     return f'<p>{_summary(sheet)}</p>{table.to_html()}{more}'
 
-# %% ../nbs/06_ledger.ipynb #99cd12de
+# %% ../nbs/06_ledger.ipynb #d7259336
 def levels(sheet:Ledger)->np.ndarray: # [rows + 1], the last one is at the output
     "What of the score is accounted for below each operation, from the input up"
     residuals = np.array([r.residual for r in sheet.rows])
     return sheet.score - np.append(residuals[::-1].cumsum()[::-1], 0)
 
-# %% ../nbs/06_ledger.ipynb #65c68ced
+# %% ../nbs/06_ledger.ipynb #93133b62
 def water_level(*sheets, width:float=7, most:int=4):
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
+    if not sheets: raise ValueError('no ledger to draw: water_level(ledger(model, images, rules="plain"), ledger(model, images))')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(width, width*.45), layout='constrained')
     kinds = pd.concat([s.by('operation').residual.abs() for s in sheets]).groupby(level=0).max().nlargest(most)
     kinds = kinds[kinds > max(s.tolerance*s.size for s in sheets)]
-    colors = dict(zip(kinds.index, ['#d55e00', '#cc79a7', '#e69f00', '#009e73']))
+    colors = dict(zip(sorted(kinds.index), ['#cc79a7', '#d55e00', '#e69f00', '#009e73']))
     for sheet, color in zip(sheets, ['#7f7f7f', '#0072b2', '#56b4e9']): _draw_level(ax, sheet, color, colors)
     for name, color in colors.items(): ax.plot([], [], color=color, lw=4, label=name)
     _draw_blocks(ax, sheets[0])
     ax.axhline(sheets[0].score, color='0.5', lw=.8, ls=':', zorder=0)
-    ax.set(xlim=(0, 1), ylabel='accounted for [score]', xticks=[0, 1])
-    for label, side, text in zip(ax.get_xticklabels(), ('left', 'right'), ('output', 'input')): label.set(ha=side, text=text)
-    ax.set_xticklabels(['output', 'input'])
+    ax.set(xlim=(0, 1), ylabel='score accounted for', xticks=[0, 1])
+    for label, side in zip(ax.set_xticklabels(['output', 'input']), ('left', 'right')): label.set_ha(side)
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc='upper left', bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_ledger.ipynb #02b49345
+# %% ../nbs/06_ledger.ipynb #eba8c744
 def _draw_level(ax, sheet, color, colors):
     y, n = levels(sheet)[::-1], len(sheet.rows)
     x = np.arange(n + 1)/n
@@ -438,12 +465,13 @@ def _draw_blocks(ax, sheet):
     for i, (lo, hi) in enumerate(zip(edges, edges[1:])):
         if not names[lo] or hi - lo < n/40: continue
         ax.axvspan(lo/n, hi/n, color='0.5', alpha=.12 if i % 2 else .05, lw=0)
-        ax.text((lo + hi)/2/n, 1, names[lo].rpartition('.')[2], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=8, color='0.4')
+        number, top = names[lo].rpartition('.')[2], ax.get_xaxis_transform()
+        ax.text((lo + hi)/2/n, 1, number, transform=top, ha='center', va='bottom', fontsize=8, color='0.4')
 
-# %% ../nbs/06_ledger.ipynb #8f46e1e0
+# %% ../nbs/06_ledger.ipynb #377b3213
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
     float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
-    cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh'''.split()
+    cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh lstm_cell gru_cell rnn_tanh_cell remainder'''.split()
 _unbalanced = {getattr(o, n) for o in (torch, Tensor, F, torch.special, torch.linalg) for n in _names if hasattr(o, n)}
 
 def _warn_once(mode, name, g):
@@ -459,17 +487,17 @@ def _without_rule(op, *args, **kwargs):
         if depends(t): t.register_hook(partial(_warn_once, mode, _name(op)))
     return out
 
-# %% ../nbs/06_ledger.ipynb #4250c94e
+# %% ../nbs/06_ledger.ipynb #90276053
 def unknown(
     model,           # a module, or any function of one tensor
     x:torch.Tensor,  # its input, [B, ...]
     rules='libra',   # name of a rule set, or a dictionary of rules
 )->pd.DataFrame:     # one line for each kind of operation: how often, in which module most, how much
     "The operations that keep a model from being complete; empty where there are none"
-    def mixture(output):
-        output = getattr(output, 'logits', output)
-        v = torch.rand(output.shape[1:], generator=torch.Generator().manual_seed(0)).to(output)
-        return (output*(v + .5)).flatten(1).sum(1)
+    def weigh(t):
+        v = torch.rand(t.shape[1:], generator=torch.Generator().manual_seed(0)).to(t)
+        return (t*(v + .5)).reshape(len(t), -1).sum(1)
+    def mixture(output): return sum(weigh(t) for t in _tensors(dict(output) if isinstance(output, dict) else output) if depends(t) and t.ndim)
     leaks = ledger(model, x, mixture, rules).leaks()
     rows = [dict(operation=r.operation, module=r.module, rule=r.rule, opaque=r.opaque, residual=r.residual) for r in leaks]
     table = pd.DataFrame(rows, columns=['operation', 'module', 'rule', 'opaque', 'residual'])
