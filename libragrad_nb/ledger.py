@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'Book', 'Ledger', 'ledger', 'levels', 'water_level', 'unknown']
 
-# %% ../nbs/06_ledger.ipynb #89547ba0
+# %% ../nbs/06_ledger.ipynb #03c0a645
 import re, threading, warnings, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 
-# %% ../nbs/06_ledger.ipynb #2328336a
+# %% ../nbs/06_ledger.ipynb #be442081
 import numpy as np
 import pandas as pd
 import torch
@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-# %% ../nbs/06_ledger.ipynb #e523ec4e
+# %% ../nbs/06_ledger.ipynb #3fdd7953
 from .core import *
 from .core import _here
 from . import affine, activations, attention, layernorm, gating
 from .affine import depends
 
-# %% ../nbs/06_ledger.ipynb #487b887e
+# %% ../nbs/06_ledger.ipynb #951e01a5
 @dataclass(eq=False)
 class Row:
     "One operation of a forward pass; its flows are in units of the score"
@@ -48,7 +48,7 @@ class Row:
         return (f'{self.operation}{where}: in {self.inflow:.4g}, out {self.outflow:.4g}, '
                 f'constants {self.constants:.4g}, residual {self.residual:+.4g}')
 
-# %% ../nbs/06_ledger.ipynb #4106f971
+# %% ../nbs/06_ledger.ipynb #132f435c
 class _Edge(torch.autograd.Function):
     "The same tensor on its way into an operation; the backward pass books what flows through it"
     @staticmethod
@@ -61,7 +61,7 @@ class _Edge(torch.autograd.Function):
         ctx.book.post(g, *ctx.entry)
         return g, None, None, None
 
-# %% ../nbs/06_ledger.ipynb #f8650ae1
+# %% ../nbs/06_ledger.ipynb #dd7eeb60
 class _Held:
     "A value that the backward pass will ask for once"
     def __init__(self, t): self.value = t.detach()
@@ -73,7 +73,7 @@ def _dot(g, x, careful=False):
     product = (g.conj()*x).real if g.is_complex() else g*x
     return (product.where(g != 0, 0) if careful else product).sum(dtype=torch.float64)
 
-# %% ../nbs/06_ledger.ipynb #ed5c1100
+# %% ../nbs/06_ledger.ipynb #d8b7b42b
 class _Accounts:
     "Rows, and the entries in them"
     def __init__(self, careful): self.rows, self.held, self.careful = [], {}, careful
@@ -94,7 +94,7 @@ class _Accounts:
         for row in views: row.inflow += amount; row.outflow += amount
         if taker: taker.inflow += amount
 
-# %% ../nbs/06_ledger.ipynb #cc54088a
+# %% ../nbs/06_ledger.ipynb #e72ed0bf
 class _Source:
     "The row that wrote a piece of memory last"
     def __init__(self, row): self.row = row
@@ -122,7 +122,7 @@ class _Origins(_Accounts):
         source, views = self.sources[t]
         return *views, source.row
 
-# %% ../nbs/06_ledger.ipynb #28a3fb0b
+# %% ../nbs/06_ledger.ipynb #8932bb43
 class _Foreign(_Origins):
     "Rows for code that nobody saw"
     def foreign(self, t):
@@ -147,7 +147,7 @@ class _Foreign(_Origins):
     def across(self, i, row, held, givers, gs, _):
         if gs[i] is not None: self.post(gs[i], _Held(held.value), givers, row)
 
-# %% ../nbs/06_ledger.ipynb #7f87758d
+# %% ../nbs/06_ledger.ipynb #f859c318
 def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 def _flows(t): return depends(t) and not isinstance(t, nn.Parameter)
 
@@ -161,7 +161,7 @@ def _in_place(op, args, kwargs):
     if i is not None: return bool(kwargs.get('inplace', args[i] if len(args) > i else False))
     return re.fullmatch(r'__i(?!nit)[a-z]+__|__setitem__|[a-z]\w*[a-z0-9]_', op.__name__) is not None
 
-# %% ../nbs/06_ledger.ipynb #0424e448
+# %% ../nbs/06_ledger.ipynb #aa5fde2b
 class _Overwriting(_Foreign):
     "Runs operations that change their first argument"
     def tap(self, tree, row):
@@ -191,7 +191,7 @@ class _Overwriting(_Foreign):
         if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
         if self.careful: self.alarm([x], row)
 
-# %% ../nbs/06_ledger.ipynb #8be959c2
+# %% ../nbs/06_ledger.ipynb #5c414d47
 class Book(_Overwriting):
     "Runs operations and keeps the ledger"
     def run(self, op, args, kwargs, name, rule='', views=True):
@@ -219,7 +219,7 @@ class Book(_Overwriting):
             for kind, test in dict(infinity=torch.isinf, NaN=torch.isnan).items():
                 if kind not in self.broken and test(t).any(): self.broken[kind] = row
 
-# %% ../nbs/06_ledger.ipynb #a5832883
+# %% ../nbs/06_ledger.ipynb #786373f2
 def _looks(op):
     "Whether it only looks at a tensor, or at its place in the graph"
     if op.__name__ == '__get__': return op.__self__.__name__ not in ('T', 'mT', 'H', 'mH', 'real', 'imag')
@@ -247,7 +247,7 @@ class _Watch(TorchFunctionMode):
             finally: self.off = False
         return booked
 
-# %% ../nbs/06_ledger.ipynb #c964c1c7
+# %% ../nbs/06_ledger.ipynb #754cfe6e
 class _RowTally(Tally):
     "Books constants in the row of the operation that added them"
     def __init__(self, book): super().__init__(); self.book = book
@@ -257,7 +257,7 @@ class _RowTally(Tally):
         row.constants += amount
         self.total += amount
 
-# %% ../nbs/06_ledger.ipynb #fd9002c3
+# %% ../nbs/06_ledger.ipynb #dc528876
 def _paths(model):
     "(path, block) of every module, by its id"
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
@@ -269,7 +269,7 @@ def _paths(model):
         return ''
     return {id(m): (path, block(path)) for path, m in modules.items()}
 
-# %% ../nbs/06_ledger.ipynb #29588914
+# %% ../nbs/06_ledger.ipynb #722d63e1
 @contextmanager
 def _calls(model, book):
     "Keep `book.where` at the module that is running in this thread"
@@ -285,7 +285,7 @@ def _calls(model, book):
             undo.callback(m.register_forward_hook(leave, always_call=True).remove)
         yield
 
-# %% ../nbs/06_ledger.ipynb #263d7497
+# %% ../nbs/06_ledger.ipynb #cecf999b
 def _pick(output, target):
     "Score [B] of a class (None: the predicted one), or of a function of the output"
     if callable(target): return target(output)
@@ -298,29 +298,40 @@ def _pick(output, target):
         f'target {target!r} is no class: pass None, an integer from 0 to {output.shape[1]-1}, one for each of {len(output)} inputs, or a function')
     return output.gather(1, classes.long().expand(len(output))[:, None])[:, 0]
 
-# %% ../nbs/06_ledger.ipynb #4b9aefb1
+# %% ../nbs/06_ledger.ipynb #2da1b8c8
+def _booked(rules, watch):
+    "The rules, where those of module types are booked like operations; without those that only warn"
+    kept = {key: h for key, h in rules.items() if getattr(h, 'family', '') != 'unbalanced'}
+    return {key: watch.as_operation(h) if isinstance(key, (type, str)) else h for key, h in kept.items()}
+
+def _both_ways(model, leaf, target, parts, book, watch, tally):
+    "Forward and backward; returns the score and the gradient at the input"
+    inside = leaf.clone() # so that a model may overwrite its input
+    with _calls(parts, book), libra(parts, watch.rules, tally), watch: output = model(inside)
+    with libra(rules='plain', tally=tally), watch: score = _pick(output, target)
+    if not depends(score): raise ValueError(
+        'no gradient comes from the score to the input: the model may be scripted, quantised, or run under torch.no_grad')
+    total = _Edge.apply(score, book, book.givers(score), None).sum(dtype=torch.float64)
+    g, *_ = torch.autograd.grad(total, [leaf, *book.leaves], allow_unused=True)
+    return total.item(), torch.zeros_like(leaf) if g is None else g
+
+# %% ../nbs/06_ledger.ipynb #1d480b79
 def _keep_books(model, x, target, rules, parts, careful):
-    "Forward and backward; returns the book, the ledger, and what the input received by autograd's own account"
+    "Returns the book, the ledger, and what the input received by autograd's own account"
     book, leaf, source = Book(_paths(parts), careful), x.detach().clone().requires_grad_(), _Source(Row('input', '', '', ''))
-    booked, tally = {}, _RowTally(book)
-    watch = _Watch(book, booked)
-    for key, handler in rules.items():
-        if getattr(handler, 'family', '') != 'unbalanced': booked[key] = watch.as_operation(handler) if isinstance(key, (type, str)) else handler
-    with torch.inference_mode(False), torch.enable_grad():
-        book.made(inside := leaf.clone(), source)
-        with _calls(parts, book), libra(parts, booked, tally), watch: output = model(inside)
-        with libra(rules='plain', tally=tally), watch: score = _pick(output, target)
-        if not depends(score): raise ValueError(
-            'no gradient comes from the score to the input: the model may be scripted, quantised, or run under torch.no_grad')
-        total = _Edge.apply(score, book, book.givers(score), None).sum(dtype=torch.float64)
-        g, *_ = torch.autograd.grad(total, [leaf, *book.leaves], allow_unused=True)
-        if g is None: g = torch.zeros_like(leaf)
-        book.opaque, book.nodes, book.followed = bool(book.opaque), {}, set() # they hold the graph, and the graph holds the book
+    watch, tally = _Watch(book, {}), _RowTally(book)
+    watch.rules = _booked(rules, watch)
+    def start(x):
+        book.made(x, source)
+        return model(x)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(): score, g = _both_ways(start, leaf, target, parts, book, watch, tally)
+    finally: book.opaque, book.nodes, book.followed = bool(book.opaque), {}, set() # they hold the graph, and the graph holds the book
     for r in book.rows: r.inflow, r.outflow, r.constants = float(r.inflow), float(r.outflow), float(r.constants)
-    sheet = Ledger(book.rows, total.item(), float(source.row.outflow), float(tally.total), x.dtype, '')
+    sheet = Ledger(book.rows, score, float(source.row.outflow), float(tally.total), x.dtype, '')
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
-# %% ../nbs/06_ledger.ipynb #97492305
+# %% ../nbs/06_ledger.ipynb #e33ee736
 @dataclass
 class Ledger:
     "Where a score went; all amounts are in its units, summed over the batch"
@@ -347,7 +358,7 @@ class Ledger:
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/06_ledger.ipynb #db37fa5c
+# %% ../nbs/06_ledger.ipynb #0ffbda83
 def ledger(
     model,          # a module, or any function of one tensor
     x:torch.Tensor, # its input, [B, ...]
@@ -374,7 +385,7 @@ def ledger(
     _audit(book, sheet, received)
     return sheet
 
-# %% ../nbs/06_ledger.ipynb #2a16fbc8
+# %% ../nbs/06_ledger.ipynb #2ac8eea5
 def _audit(book, sheet, received):
     "Raise where numbers are not finite, and where the books do not balance"
     _check_finite(book, sheet)
@@ -385,7 +396,7 @@ def _audit(book, sheet, received):
         f'the books do not balance: the residuals miss the completeness error by {missing:.1e}, '
         f'and the input received {apart:.1e} that is not booked')
 
-# %% ../nbs/06_ledger.ipynb #df9e28a7
+# %% ../nbs/06_ledger.ipynb #3e6a8c73
 def _at(row): return row.operation + (f' in {row.module}' if row.module else '')
 
 def _check_finite(book, sheet):
@@ -395,7 +406,7 @@ def _check_finite(book, sheet):
     bad = [r for r in sheet.rows if not np.isfinite(r.inflow + r.constants) and np.isfinite(r.outflow)]
     if bad: raise ValueError(f'the gradient is not finite any more below {_at(bad[-1])}')
 
-# %% ../nbs/06_ledger.ipynb #eaad2cf8
+# %% ../nbs/06_ledger.ipynb #da2ce52d
 def _by(sheet, what):
     "Amounts summed by 'operation', 'block', 'module' or 'rule'; 'row' for all rows"
     rows = pd.DataFrame([{**vars(r), 'residual': r.residual} for r in sheet.rows])
@@ -408,7 +419,7 @@ def _by(sheet, what):
     table['share'] = table.residual/sheet.score
     return table if what in ('block', 'module') else table.sort_values('residual', key=abs, ascending=False)
 
-# %% ../nbs/06_ledger.ipynb #b13bf170
+# %% ../nbs/06_ledger.ipynb #872104d1
 def _summary(sheet):
     leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
     return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4f} = input {sheet.attribution:.4f} + constants '
@@ -423,13 +434,13 @@ def _html(sheet, most=8):
     more = f'<p>and {len(kinds) - most} more kinds of operations</p>' if len(kinds) > most else ''
     return f'<p>{_summary(sheet)}</p>{table.to_html()}{more}'
 
-# %% ../nbs/06_ledger.ipynb #d7259336
+# %% ../nbs/06_ledger.ipynb #059f56b6
 def levels(sheet:Ledger)->np.ndarray: # [rows + 1], the last one is at the output
     "What of the score is accounted for below each operation, from the input up"
     residuals = np.array([r.residual for r in sheet.rows])
     return sheet.score - np.append(residuals[::-1].cumsum()[::-1], 0)
 
-# %% ../nbs/06_ledger.ipynb #93133b62
+# %% ../nbs/06_ledger.ipynb #5853f325
 def water_level(*sheets, width:float=7, most:int=4):
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
     if not sheets: raise ValueError('no ledger to draw: water_level(ledger(model, images, rules="plain"), ledger(model, images))')
@@ -449,7 +460,7 @@ def water_level(*sheets, width:float=7, most:int=4):
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_ledger.ipynb #eba8c744
+# %% ../nbs/06_ledger.ipynb #47026f68
 def _draw_level(ax, sheet, color, colors):
     y, n = levels(sheet)[::-1], len(sheet.rows)
     x = np.arange(n + 1)/n
@@ -468,7 +479,7 @@ def _draw_blocks(ax, sheet):
         number, top = names[lo].rpartition('.')[2], ax.get_xaxis_transform()
         ax.text((lo + hi)/2/n, 1, number, transform=top, ha='center', va='bottom', fontsize=8, color='0.4')
 
-# %% ../nbs/06_ledger.ipynb #377b3213
+# %% ../nbs/06_ledger.ipynb #5cfe1557
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
     float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
     cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh lstm_cell gru_cell rnn_tanh_cell remainder'''.split()
@@ -487,7 +498,7 @@ def _without_rule(op, *args, **kwargs):
         if depends(t): t.register_hook(partial(_warn_once, mode, _name(op)))
     return out
 
-# %% ../nbs/06_ledger.ipynb #90276053
+# %% ../nbs/06_ledger.ipynb #ef9d204b
 def unknown(
     model,           # a module, or any function of one tensor
     x:torch.Tensor,  # its input, [B, ...]

@@ -8,25 +8,25 @@ __all__ = ['SIDES', 'SMALL', 'HUGGING_FACE', 'VERDICTS', 'enliven', 'settle', 's
            'measure', 'peak', 'check', 'verdict', 'guard', 'isolated', 'versions', 'save', 'sweep', 'table',
            'known_names', 'summary', 'report', 'main']
 
-# %% ../nbs/22_support.ipynb #5e052774
+# %% ../nbs/22_support.ipynb #cf7b3935
 import argparse, difflib, json, math, multiprocessing, os, re, sys, threading, time, warnings
 from functools import partial
 from importlib import import_module, metadata, resources
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# %% ../nbs/22_support.ipynb #b990f8f2
+# %% ../nbs/22_support.ipynb #5a424f64
 import pandas as pd
 import timm, torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-# %% ../nbs/22_support.ipynb #abf2a827
+# %% ../nbs/22_support.ipynb #8ae7215e
 from .core import Tally, completeness_error, libra, tolerance
 from .ledger import ledger
 
-# %% ../nbs/22_support.ipynb #2bdeace8
+# %% ../nbs/22_support.ipynb #0c4123f4
 @torch.no_grad()
 def enliven(model, seed=0):
     "Add noise of 0.1 to every parameter that starts out (nearly) constant; returns the model"
@@ -35,7 +35,7 @@ def enliven(model, seed=0):
         if p.numel() == 1 or p.std() < 1e-3: p += .1*torch.randn(p.shape, generator=noise)
     return model
 
-# %% ../nbs/22_support.ipynb #b7502b64
+# %% ../nbs/22_support.ipynb #1ef3a7be
 @torch.no_grad()
 def settle(model, images):
     "Let the batch norms take their statistics from these images; returns the model in evaluation mode"
@@ -44,7 +44,7 @@ def settle(model, images):
     if norms: model(images)
     return model.eval()
 
-# %% ../nbs/22_support.ipynb #5a2e0914
+# %% ../nbs/22_support.ipynb #f96f574c
 def smallest(family):
     "The model of a timm family with the fewest parameters, counted without allocating any"
     sizes = {}
@@ -55,7 +55,7 @@ def smallest(family):
     if not sizes: raise ValueError(f'no model of the family {family} could be built')
     return min(sizes, key=sizes.get)
 
-# %% ../nbs/22_support.ipynb #bf0bf5ad
+# %% ../nbs/22_support.ipynb #0b6036ce
 SIDES = (64, 96, 112, 128, 160, 192, 224, 240, 256)
 
 def seeded(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
@@ -79,7 +79,7 @@ def timm_model(
         except Exception as e: failure = e.with_traceback(None) # lets go of the model
     raise failure
 
-# %% ../nbs/22_support.ipynb #2a3c1e6e
+# %% ../nbs/22_support.ipynb #3165d68a
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, bos_token_id=0, eos_token_id=1,
              image_size=64, patch_size=16)
 
@@ -102,7 +102,7 @@ def hugging_face_model(
     f = enliven(FromEmbeddings(kind(kind.config_class(**SMALL)))).eval()
     return f, seeded(2, 3, 64, 64) if f.key == 'pixel_values' else seeded(2, 7, SMALL['hidden_size'])
 
-# %% ../nbs/22_support.ipynb #c3d1a78d
+# %% ../nbs/22_support.ipynb #e178ea57
 class _Sizes(Tally):
     def add(self, g, c, where): self.total += (g.double()*c).abs().sum().item()
 
@@ -113,7 +113,7 @@ def turnover(f, x, rules='libra')->float:
     g, = torch.autograd.grad(y, x, y.sign())
     return ((g.double()*x).abs().sum().item() + tally.total)/y.double().abs().sum().item()
 
-# %% ../nbs/22_support.ipynb #3f994c4c
+# %% ../nbs/22_support.ipynb #7e91dcf4
 class _Narrow(TorchFunctionMode):
     found = False
     def __torch_function__(self, op, types, args=(), kwargs=None):
@@ -126,7 +126,7 @@ def float32_inside(f, x)->bool:
     with _Narrow() as mode: f(x.double().requires_grad_())
     return mode.found
 
-# %% ../nbs/22_support.ipynb #a53577d5
+# %% ../nbs/22_support.ipynb #1b7366b8
 def leak(f, x, rules='libra'):
     "The kind of operation that loses or makes up most, and its share of the score; None if nothing leaks"
     try: sheet = ledger(f, x, lambda y: y.abs().flatten(1).sum(1), rules)
@@ -135,7 +135,7 @@ def leak(f, x, rules='libra'):
     worst = sheet.by('operation').share
     return f'{worst.index[0]} {worst.iloc[0]:+.1%}'
 
-# %% ../nbs/22_support.ipynb #7881f0b2
+# %% ../nbs/22_support.ipynb #83f297e8
 HUGGING_FACE = 'ViTModel Dinov2Model CLIPVisionModel SiglipVisionModel BertModel GPT2LMHeadModel LlamaForCausalLM'.split()
 
 def read(path):
@@ -157,7 +157,7 @@ def build(
     sides = [int(row['input'].split('x')[-1])] if 'input' in row else []
     return name, *timm_model(name, [*sides, *SIDES])
 
-# %% ../nbs/22_support.ipynb #ee108c68
+# %% ../nbs/22_support.ipynb #fb897efc
 def measure(f, x):
     "Completeness errors and turnover of a model, and whether its forward pass is unchanged"
     row = dict(float32_inside=float32_inside(f.double(), x))
@@ -168,7 +168,7 @@ def measure(f, x):
         for rules in ('plain', 'libra'): row[f'{rules}{bits}'] = completeness_error(f, x, rules=rules)
     return row | dict(turnover=turnover(f, x), plain_leak=leak(f, x, 'plain'), leak=leak(f, x))
 
-# %% ../nbs/22_support.ipynb #d340e859
+# %% ../nbs/22_support.ipynb #94842a8d
 def peak()->float:
     "The most memory that this process has held, in GB; nan where Linux is not there to tell"
     try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
@@ -183,7 +183,7 @@ def check(name):
     row |= dict(seconds=time.time() - start, GB=peak())
     return {k: float(f'{v:.3g}') if type(v) is float else v for k, v in row.items()}
 
-# %% ../nbs/22_support.ipynb #a6fae6ee
+# %% ../nbs/22_support.ipynb #f7464a70
 VERDICTS = ('failed', 'leaks', 'rounding', 'complete')
 
 def verdict(row)->str:
@@ -196,7 +196,7 @@ def verdict(row)->str:
 
 
 
-# %% ../nbs/22_support.ipynb #5f5f708f
+# %% ../nbs/22_support.ipynb #bb7bf679
 def guard(
     limit:float, # GB
     tell,        # called with a row before the end
@@ -214,7 +214,7 @@ def _alone(pipe, work, name, memory):
     try: pipe.send(dict(work(name)))
     except Exception as e: pipe.send(dict(reason=f'{type(e).__name__}: {e}'.splitlines()[0][:200]))
 
-# %% ../nbs/22_support.ipynb #f13360c8
+# %% ../nbs/22_support.ipynb #71410f19
 def isolated(
     name,
     timeout:float=900., # seconds
@@ -232,7 +232,7 @@ def isolated(
     finally: p.kill(); p.join()
     return dict(name=name) | row
 
-# %% ../nbs/22_support.ipynb #ec099b08
+# %% ../nbs/22_support.ipynb #4ffdc139
 def versions()->dict:
     "Versions that a row depends on; None for what is not installed"
     def of(package):
@@ -264,7 +264,7 @@ def sweep(
             save(rows, path)
     return rows
 
-# %% ../nbs/22_support.ipynb #d53391a7
+# %% ../nbs/22_support.ipynb #83d059c0
 def table(rows=None)->pd.DataFrame:
     "The committed rows, or others, as a table with verdicts, what is not complete first"
     t = pd.DataFrame((committed() if rows is None else rows).values())
@@ -272,7 +272,7 @@ def table(rows=None)->pd.DataFrame:
     t['source'] = ['timm' if n.islower() else 'transformers' for n in t.name] # a class has capitals
     return t.sort_values('verdict', key=lambda v: v.map(VERDICTS.index), kind='stable').reset_index(drop=True)
 
-# %% ../nbs/22_support.ipynb #ec5dee6d
+# %% ../nbs/22_support.ipynb #d07b2a1a
 def known_names(only=None):
     "All families, or the names in `only` if each is a family, a model of timm or a class of transformers"
     everything = [*timm.list_modules(), *HUGGING_FACE]
@@ -287,7 +287,7 @@ def _in_transformers(name):
     try: return hasattr(getattr(import_module('transformers'), name, None), 'config_class')
     except ImportError: return False
 
-# %% ../nbs/22_support.ipynb #202c709b
+# %% ../nbs/22_support.ipynb #a91c4846
 def summary(row):
     "A line for a row that is not complete"
     numbers = '{libra32:.0e} in float32, {libra64:.0e} in float64'
@@ -302,7 +302,7 @@ def report(rows:dict):
     def bad(v): return v in ('failed', 'leaks')
     return [name for name, row in committed().items() if not bad(verdict(row)) and bad(verdicts.get(name))]
 
-# %% ../nbs/22_support.ipynb #7d44187b
+# %% ../nbs/22_support.ipynb #7bd81cf9
 def _parser():
     p = argparse.ArgumentParser(prog='python -m libragrad_nb.support', description=
         'Does the account add up? One small model of every timm family and some of Hugging Face, with random weights.')
@@ -323,7 +323,7 @@ def main(args=None):
     rows = sweep(names, o.out, o.again, o.jobs, timeout=o.timeout, memory=o.memory)
     if worse := report({n: rows[n] for n in names}): sys.exit(f'these were in order before, and are not now: {", ".join(worse)}')
 
-# %% ../nbs/22_support.ipynb #a32d8c53
+# %% ../nbs/22_support.ipynb #72737634
 if __name__ == '__main__' and '__file__' in globals():
     __spec__ = __file__ = None # so that no process runs this file again as its main module
     from libragrad_nb.support import main

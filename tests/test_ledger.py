@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from libragrad_nb import ledger, libra, only
+from libragrad_nb import ledger, libra, only, water_level
 from libragrad_nb.core import LIBRA, CONSTANTS, completeness_error
 from libragrad_nb.zoo import load
 
@@ -272,3 +272,63 @@ def test_unknown(x):
     def logs(h): return (h**2 + 1).log() + h.cumprod(1)
     table = libra.unknown(toy(logs), x)
     assert set(table.index) == {'log', 'cumprod'} and not len(libra.unknown(toy(nn.GELU()), x))
+
+
+# --- found by users
+
+def test_lets_go_of_the_graph(x):
+    "The careful book of opaque code dies with the call, and so does all that it held"
+    before = []
+    for _ in range(3):
+        ledger(toy(Gate.apply), x, 0)
+        gc.collect()
+        before.append(sum(type(o).__name__ == 'Book' for o in gc.get_objects()))
+    assert before == [0, 0, 0]
+
+
+def test_in_place_on_what_einsum_returns(x):
+    def scaled(h):
+        a = torch.einsum('bnd,bmd->bnm', h, h)
+        a *= .5
+        return a.softmax(-1)@h
+    sheet = ledger(toy(scaled), x, 0)
+    assert not sheet.leaks() and not any(r.opaque for r in sheet.rows)
+
+
+def test_backward_hooks_of_the_caller(x):
+    model = toy(nn.GELU())
+    seen = []
+    model.a.register_full_backward_hook(lambda *_: seen.append(1))
+    assert not ledger(model, x, 0).leaks() and seen
+
+
+def test_a_leaf_that_is_not_the_input_is_named(x):
+    extra = torch.ones(6, dtype=F64, requires_grad=True)
+    sheet = ledger(toy(lambda h: h + extra), x, 0)
+    (leak,) = sheet.leaks()
+    assert leak.operation == 'leaf tensor' and np.isclose(leak.residual, sheet.completeness_error) and extra.grad is None
+
+
+def test_compiled_models(x):
+    model = toy(nn.GELU())
+    compiled = torch.compile(model, backend='aot_eager')
+    assert ledger(compiled, x, 0).score == ledger(model, x, 0).score
+
+
+@pytest.mark.parametrize('target', [99, -1, 1.5, torch.tensor([0, 1, 2])])
+def test_targets_that_are_no_class(target, x):
+    with pytest.raises(ValueError, match='no class'): ledger(toy(nn.GELU()), x, target)
+
+
+def test_other_mistakes(x):
+    model = toy(nn.GELU())
+    with pytest.raises(TypeError, match='rules must be'): ledger(model, x, 0, rules=None)
+    with pytest.raises(ValueError, match='batch is empty'): ledger(model, x[:0], 0)
+    with pytest.raises(TypeError, match='as_function'): ledger(model, torch.zeros(2, 4).long(), 0)
+    with pytest.raises(ValueError, match='no ledger'): water_level()
+
+
+def test_unknown_of_a_model_that_returns_several_things(x):
+    class Several(nn.Module):
+        def forward(self, x): return dict(a=x.cumprod(1), b=[x.sum(), x*2])
+    assert list(libra.unknown(Several().eval(), x).index) == ['cumprod']
