@@ -6,16 +6,16 @@
 __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid', 'Inputs', 'read_inputs', 'check_images',
            'choose']
 
-# %% ../nbs/09_tokens.ipynb #881b7230
+# %% ../nbs/09_tokens.ipynb #c48c10bc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# %% ../nbs/09_tokens.ipynb #956d502f
+# %% ../nbs/09_tokens.ipynb #a95d3767
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #372c06c2
+# %% ../nbs/09_tokens.ipynb #0762affd
 def members(m):
     "The blocks inside a stage, or the module itself where it is one block"
     inner = getattr(m, 'blocks', m)
@@ -23,7 +23,7 @@ def members(m):
     parts = [c for c in inner if any(True for _ in c.children())]  # a layer has no parts, a block has
     return [b for c in parts for b in members(c)] if 2*len(parts) > len(inner) else [m]
 
-# %% ../nbs/09_tokens.ipynb #e36c8412
+# %% ../nbs/09_tokens.ipynb #6dbc412a
 def _owner(model):
     "The model inside a wrapper: the first module that lists features, or else the model"
     return next((m for m in model.modules() if hasattr(m, 'feature_info')), model)
@@ -42,7 +42,7 @@ def _stages(model):
         names += [f'{parent}.{k}' for k, _ in row.named_children()] if listed else [name]
     return list(dict.fromkeys(names))
 
-# %% ../nbs/09_tokens.ipynb #6fb15d17
+# %% ../nbs/09_tokens.ipynb #8fede0d1
 def _largest_list(model):
     "Names of the modules in the list of like modules that holds most parameters"
     def like(m): return isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1 and len({type(c) for c in m}) == 1
@@ -50,7 +50,7 @@ def _largest_list(model):
     name = max(lists, key=lists.get, default=None)
     return [] if name is None else [f'{name}.{k}'.lstrip('.') for k, _ in model.get_submodule(name).named_children()]
 
-# %% ../nbs/09_tokens.ipynb #b9082c56
+# %% ../nbs/09_tokens.ipynb #1687635b
 def _norm_before(model, name):
     "The normalisation that stands right in front of the module of that name, or of a list that it is in; or None"
     while name:
@@ -66,7 +66,7 @@ def _blocks(model):
     norm = _norm_before(model, names[0]) if names else None
     return blocks if norm is None else [norm, *blocks[1:]]
 
-# %% ../nbs/09_tokens.ipynb #f53f3117
+# %% ../nbs/09_tokens.ipynb #85414b68
 @dataclass(frozen=True)
 class State:
     "How one tensor keeps its tokens"
@@ -87,7 +87,7 @@ class State:
         axes = self.axes if axes is None else axes
         return part.movedim(axes, tuple(range(1, len(axes) + 1))).flatten(1, len(axes)).flatten(2).sum(-1)
 
-# %% ../nbs/09_tokens.ipynb #e95733a4
+# %% ../nbs/09_tokens.ipynb #67b1f911
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -101,36 +101,47 @@ class Layout:
 
     @property
     def patches(self):
-        if self.grid is None: raise NotImplementedError('this model has no patch embedding that announces a grid of patches')
+        if self.grid is None:
+            raise NotImplementedError('this model has no patch embedding that announces a grid of patches')
         return math.prod(self.grid)
 
     def count_prefix(self, shape):
         "Prefix tokens in a token state of that shape [B, N, C]"
         n = shape[1] - self.patches if len(shape) == 3 else -1
         if n not in (0, self.prefix) and not (self.prefix is None and n > 0): raise NotImplementedError(
-            f'block inputs are {list(shape)}, and a grid of {self.grid[0]}x{self.grid[1]} patches behind {self.prefix} prefix tokens was expected: '
+            f'block inputs are {list(shape)}, and a grid of {self.grid[0]}x{self.grid[1]} patches behind '
+            f'{self.prefix} prefix tokens was expected: '
             'this model does not keep its tokens as [batch, tokens, channels]')
         return n
 
     def state(self, shape, module=None, i=0):
         "The `State` of a tensor of that shape in front of block `i`, or None where that is not certain"
-        if len(shape) == 3: return self._row(shape, i)
-        if len(shape) == 4 and self.image: return self._picture(shape, module)
+        if len(shape) == 3: return _row(self, shape, i)
+        if len(shape) == 4 and self.image: return _picture(self, shape, module)
 
-    def _row(self, shape, i):
-        if self.reroll is not None: return _rerolled(self.reroll, shape, max(i - 1, 0))
-        def known(p): return p in (0, self.prefix) or self.prefix is None and p > 0
-        fits = [(g, p) for g in self.grids if known(p := shape[1] - math.prod(g))]
-        return State((1,), *fits[0], shape[2]) if len(fits) == 1 else None
+# %% ../nbs/09_tokens.ipynb #b9f0370f
+def _row(plan, shape, i):
+    "The `State` of a row of tokens [B, N, C]"
+    if plan.reroll is not None: return _rerolled(plan.reroll, shape, max(i - 1, 0))
+    def known(p): return p in (0, plan.prefix) or plan.prefix is None and p > 0
+    fits = [(g, p) for g in plan.grids if known(p := shape[1] - math.prod(g))]
+    return State((1,), *fits[0], shape[2]) if len(fits) == 1 else None
 
-    def _picture(self, shape, module):
-        fits = [axes for axes in ((1, 2), (2, 3)) if _like(shape[axes[0]], shape[axes[1]], *self.image)]
-        if len(fits) == 2:  # as many channels as columns or rows
-            last = False if _starts_with_convolution(module) else self.channels_last
-            fits = [] if last is None else [(1, 2) if last else (2, 3)]
-        return State(fits[0], tuple(shape[a] for a in fits[0]), 0, shape[1 if fits[0] == (2, 3) else 3]) if fits else None
+def _rerolled(reroll, shape, block):
+    "Tokens in an order of their own, and a module that knows it"
+    try: order = reroll(torch.arange(shape[1]).view(1, -1, 1), block)[0, ..., 0]
+    except (KeyError, RuntimeError): return None
+    return State((1,), tuple(order.shape), 0, shape[2], order.flatten()) if order.ndim == 2 else None
 
-# %% ../nbs/09_tokens.ipynb #cfeec0fb
+# %% ../nbs/09_tokens.ipynb #ea578a9f
+def _picture(plan, shape, module):
+    "The `State` of a picture of tokens, [B, h, w, C] or [B, C, h, w]"
+    fits = [axes for axes in ((1, 2), (2, 3)) if _like(shape[axes[0]], shape[axes[1]], *plan.image)]
+    if len(fits) == 2:  # as many channels as columns or rows
+        last = False if _starts_with_convolution(module) else plan.channels_last
+        fits = [] if last is None else [(1, 2) if last else (2, 3)]
+    if fits: return State(fits[0], tuple(shape[a] for a in fits[0]), 0, shape[1 if fits[0] == (2, 3) else 3])
+
 def _like(h, w, H, W):
     "Whether h x w cells can be a coarse picture of H x W pixels: the same proportions to within one cell"
     return h < H and w < W and (h == w if H == W else abs(h*W - w*H) < max(H, W))
@@ -139,26 +150,21 @@ def _starts_with_convolution(module):
     weighted = [m for m in module.modules() if getattr(m, 'weight', None) is not None] if module is not None else []
     return bool(weighted) and isinstance(weighted[0], (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
 
-def _rerolled(reroll, shape, block):
-    "Tokens in an order of their own, and a module that knows it"
-    try: order = reroll(torch.arange(shape[1]).view(1, -1, 1), block)[0, ..., 0]
-    except (KeyError, RuntimeError): return None
-    return State((1,), tuple(order.shape), 0, shape[2], order.flatten()) if order.ndim == 2 else None
-
-# %% ../nbs/09_tokens.ipynb #ad5f004d
+# %% ../nbs/09_tokens.ipynb #da797a94
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
         if hasattr(m, 'grid_size') and hasattr(m, 'proj'): return m
 
 def _embedded_grid(model, images):
-    "Rows and columns of the patch embedding: as it says, or from a convolution that cuts the image into patches; or None"
+    "Rows and columns of the patch embedding: as it says, or of a convolution that cuts the image into patches; or None"
     size, embed = tuple(images.shape[-2:]), _patch_embedding(model)
     if embed is not None:
         dynamic = getattr(embed, 'dynamic_feat_size', None)
         return tuple(dynamic(size)) if dynamic else embed.grid_size and tuple(embed.grid_size)
     for m in model.modules():
-        if isinstance(m, nn.Conv2d) and m.in_channels == images.shape[1] and m.kernel_size == m.stride and min(m.stride) > 1:
+        cuts = isinstance(m, nn.Conv2d) and m.kernel_size == m.stride and min(m.stride) > 1
+        if cuts and m.in_channels == images.shape[1]:
             return tuple((s - k)//k + 1 for s, k in zip(size, m.kernel_size))
 
 def _grids(model, grid, size):
@@ -169,7 +175,7 @@ def _grids(model, grid, size):
     coarse = [tuple(f(s, r) for s in size) for r in steps for f in (lambda s, r: s//r, lambda s, r: -(-s//r))]
     return tuple(dict.fromkeys(([grid] if grid else []) + [g for g in coarse if min(g) > 0]))
 
-# %% ../nbs/09_tokens.ipynb #807c27a1
+# %% ../nbs/09_tokens.ipynb #ccbd5286
 def layout(
     model,
     x:torch.Tensor, # images [B, C, H, W], or token ids [B, N]
@@ -180,10 +186,10 @@ def layout(
     inner, formats = _owner(model), dict(NHWC=True, NCHW=False)
     announced = _patch_embedding(model) is not None or hasattr(inner, 'feature_info')
     prefix = getattr(inner, 'num_prefix_tokens', 0 if announced else None)
-    return Layout(_blocks(model), grid, prefix, size, _grids(model, grid, size),
-                  formats.get(str(getattr(inner, 'output_fmt', None)).rpartition('.')[2]), getattr(inner, 'reroll', None))
+    last = formats.get(str(getattr(inner, 'output_fmt', None)).rpartition('.')[2])
+    return Layout(_blocks(model), grid, prefix, size, _grids(model, grid, size), last, getattr(inner, 'reroll', None))
 
-# %% ../nbs/09_tokens.ipynb #9361d0a8
+# %% ../nbs/09_tokens.ipynb #66ba0116
 def overlap(m:int, n:int)->torch.Tensor:
     "Which share of each of `n` cells falls on each of `m` cells of the same length: [m, n], columns sum to 1"
     i, j = torch.arange(m)[:, None], torch.arange(n)
@@ -199,7 +205,7 @@ def spread(
     rows, cols = (overlap(m, n).to(values) for m, n in zip(grid, values.shape[1:]))
     return rows @ values @ cols.T
 
-# %% ../nbs/09_tokens.ipynb #8df7b35f
+# %% ../nbs/09_tokens.ipynb #bae0bb2d
 def on_grid(
     tokens:torch.Tensor, # [B, n] in the order of `state`
     state:State,
@@ -211,7 +217,7 @@ def on_grid(
     patches = spread(patches.reshape(len(tokens), *state.grid), grid).flatten(1)
     return torch.cat([front, front.new_zeros(len(front), prefix - state.prefix), patches], 1)
 
-# %% ../nbs/09_tokens.ipynb #eac94f87
+# %% ../nbs/09_tokens.ipynb #3e190cce
 @dataclass
 class Inputs:
     "What goes into a model, and which part of it is explained"
@@ -232,16 +238,18 @@ class Inputs:
         places = torch.arange(self.x.shape[1], device=self.x.device)
         return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
 
-# %% ../nbs/09_tokens.ipynb #965fecda
+# %% ../nbs/09_tokens.ipynb #241035ed
 def read_inputs(model, inputs)->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
-    if not isinstance(model, nn.Module): raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
     given, key = (inputs, _main(inputs)) if isinstance(inputs, Mapping) else (None, None)
     x = inputs if key is None else inputs[key]
     if not isinstance(x, torch.Tensor): raise TypeError(
         f'images must be a torch tensor [B, 3, H, W], not {type(x).__name__}: apply the transform of the model first')
     if x.layout != torch.strided or x.is_meta: raise TypeError(
-        f'{x.layout} tensors on {x.device} cannot be explained: pass a dense tensor with values, e.g. images.to_dense()')
+        f'{x.layout} tensors on {x.device} cannot be explained: '
+        'pass a dense tensor with values, e.g. images.to_dense()')
     text = x.ndim in (1, 2) and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     (_check_ids if text else _check_images)(x)
     _check_model(model, x)
@@ -252,12 +260,13 @@ def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     read_inputs(model, images)
 
-# %% ../nbs/09_tokens.ipynb #c4f2b090
+# %% ../nbs/09_tokens.ipynb #a9040ef8
 def _main(given):
     "Name of the argument that is explained"
     for key in ('pixel_values', 'input_ids'):
         if given.get(key) is not None: return key
-    raise ValueError(f'arguments {", ".join(map(str, given))}: one of them must be pixel_values (images) or input_ids (token ids)')
+    raise ValueError(f'arguments {", ".join(map(str, given))}: '
+                     'one of them must be pixel_values (images) or input_ids (token ids)')
 
 def _check_ids(ids):
     if ids.ndim != 2: raise ValueError(f'token ids must be [B, N], not {list(ids.shape)}: for one text pass ids[None]')
@@ -265,18 +274,21 @@ def _check_ids(ids):
 
 def _check_images(images):
     if images.ndim != 4: raise ValueError(
-        f'images must be [B, 3, H, W], not {list(images.shape)}' + (': for one image pass image[None]' if images.ndim==3 else ''))
+        f'images must be [B, 3, H, W], not {list(images.shape)}'
+        + (': for one image pass image[None]' if images.ndim == 3 else ''))
     if not images.numel(): raise ValueError('no images: the batch is empty')
     if not images.is_floating_point(): raise TypeError(
-        f'images are {images.dtype}: convert and normalise them first, e.g. (images/255 - mean)/std, as the transform of the model does')
+        f'images are {images.dtype}: convert and normalise them first, e.g. (images/255 - mean)/std, '
+        'as the transform of the model does')
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
-# %% ../nbs/09_tokens.ipynb #c790b864
+# %% ../nbs/09_tokens.ipynb #a62e7016
 def _check_model(model, x):
     "Mode, device and dtype of the model against its input"
     parts = list(model.named_modules())
     if any(isinstance(m, torch.jit.ScriptModule) for _, m in parts): raise TypeError(
-        'the model, or a part of it, is scripted, and the rules cannot see inside: pass the model as it was before torch.jit.script or trace')
+        'the model, or a part of it, is scripted, and the rules cannot see inside: '
+        'pass the model as it was before torch.jit.script or trace')
     training = [name for name, m in parts if m.training]
     if training: raise ValueError(f'the model is in training mode ({training[0] or "all of it"}), '
                                   'where dropout and batch statistics change the answer: call model.eval() first')
@@ -288,22 +300,23 @@ def _check_model(model, x):
     if x.is_floating_point() and p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {x.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #fd369324
+# %% ../nbs/09_tokens.ipynb #0733c078
 def _check_size(model, images):
     "Channels and size against what the patch embedding takes, where that is the first thing in the model"
     embed = _patch_embedding(model)
     proj, first = getattr(embed, 'proj', None), next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if isinstance(proj, nn.Conv2d) and proj is not first: return
     channels = getattr(proj, 'in_channels', images.shape[1])
-    if images.shape[1] != channels: raise ValueError(f'images have {images.shape[1]} channels and the model takes {channels}')
+    if images.shape[1] != channels:
+        raise ValueError(f'images have {images.shape[1]} channels and the model takes {channels}')
     size, strict = getattr(embed, 'img_size', None), getattr(embed, 'strict_img_size', True)
     if size and strict and tuple(size) != tuple(images.shape[-2:]): raise ValueError(
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #8e3fd5de
+# %% ../nbs/09_tokens.ipynb #fd44e45a
 def choose(
-    output,       # what the model returned: [B, classes], or an object with such `.logits`; of a language model [B, N, V]
+    output,       # of the model: [B, classes], of a language model [B, N, V], or an object with such `.logits`
     target=None,  # None (predicted class), int, one class per image, or a function of the output
     of='logit',   # 'logit' or 'probability'
     last=None,    # [B] place of the last token, for language models
@@ -311,25 +324,28 @@ def choose(
     "The score to explain"
     if of not in ('logit', 'probability'): raise ValueError(f"unknown score {of!r}: choose 'logit' or 'probability'")
     if callable(target):
-        if of != 'logit': raise ValueError("of='probability' is for classes: let the target function take the softmax itself")
+        if of != 'logit':
+            raise ValueError("of='probability' is for classes: let the target function take the softmax itself")
         score = target(output)
         if not isinstance(score, torch.Tensor) or score.ndim != 1: raise ValueError(
-            f'the target function must return one score an image, a tensor [B], not {getattr(score, "shape", type(score).__name__)}')
+            'the target function must return one score an image, a tensor [B], '
+            f'not {getattr(score, "shape", type(score).__name__)}')
         return score, None
     logits = _logits(output, last)
     classes = _classes(logits, target)
     score = logits.softmax(-1) if of=='probability' else logits
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #856e66fd
+# %% ../nbs/09_tokens.ipynb #1c37ac7f
 def _logits(output, last):
     "Scores of the classes [B, classes]"
     logits = getattr(output, 'logits', output)
     if isinstance(logits, torch.Tensor):
         if logits.ndim == 2: return logits
         if logits.ndim == 3 and last is not None: return logits[torch.arange(len(logits), device=logits.device), last]
-    there = f'shape {list(logits.shape)}' if isinstance(logits, torch.Tensor) else \
-        f'the fields {", ".join(map(str, output.keys()))}' if hasattr(output, 'keys') else f'type {type(logits).__name__}'
+    if isinstance(logits, torch.Tensor): there = f'shape {list(logits.shape)}'
+    elif hasattr(output, 'keys'): there = f'the fields {", ".join(map(str, output.keys()))}'
+    else: there = f'type {type(logits).__name__}'
     raise ValueError(f'the model did not return [B, classes], its output has {there}: '
                      'pass a function as target that makes one score an image of its output')
 
@@ -338,8 +354,10 @@ def _classes(output, target):
     if target is None: return output.argmax(-1)
     try: t = torch.as_tensor(target, device=output.device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as e: raise TypeError(
-        f'target {target!r} is no class: pass None, an integer, a tensor of one integer per image, or a function of the output') from e
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex(): raise TypeError(f'target classes must be integers, not {t.dtype}')
+        f'target {target!r} is no class: '
+        'pass None, an integer, a tensor of one integer per image, or a function of the output') from e
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        raise TypeError(f'target classes must be integers, not {t.dtype}')
     if t.ndim == 0: t = t.expand(len(output))
     if t.shape != output.shape[:1]: raise ValueError(
         f'target has shape {list(t.shape)} and there are {len(output)} images: pass one class, or one per image')

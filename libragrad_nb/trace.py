@@ -6,23 +6,23 @@
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'TokenTally', 'listen', 'bottlenecks', 'prefix_in_front',
            'Trace', 'start', 'as_function', 'trace']
 
-# %% ../nbs/10_trace.ipynb #a10861de
+# %% ../nbs/10_trace.ipynb #b2304420
 import math, threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #fe13213a
+# %% ../nbs/10_trace.ipynb #77c28f5f
 import torch
 from torch import nn
 
-# %% ../nbs/10_trace.ipynb #b9168418
+# %% ../nbs/10_trace.ipynb #00a4f185
 from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
-# %% ../nbs/10_trace.ipynb #8eb721dc
+# %% ../nbs/10_trace.ipynb #f542dcb4
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -34,20 +34,20 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #888a6948
+# %% ../nbs/10_trace.ipynb #1dbc1f7a
 def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
     before=None, # shape of the operation's input
 ):
-    "The axes that count the tokens of `state` (its patches, where there are two axes), or None where that is not certain"
+    "The axes that count the tokens of `state` (its patches, where there are two), or None where that is not certain"
     pairs = [(i, i + 1) for i in range(1, len(shape) - 1) if tuple(shape[i:i+2]) == state.grid]
     if state.order is None and state.grid[0] > 1 and len(pairs) == 1: return pairs[0]
     if len(state.axes) == 1 and state.n == state.channels: return None
     axis = token_axis(shape, state.n, before)
     return axis and (axis,)
 
-# %% ../nbs/10_trace.ipynb #fbb80462
+# %% ../nbs/10_trace.ipynb #e4261385
 def placed(
     part:torch.Tensor, # what a constant contributes, shaped like the operation's output
     state:State,
@@ -60,15 +60,16 @@ def placed(
     axes = token_axes(part.shape, state, before) if part.ndim and len(part) == batch else None
     return axes and (state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
-# %% ../nbs/10_trace.ipynb #e3fd4549
+# %% ../nbs/10_trace.ipynb #1bae0da5
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
     if part.shape[0] != batch and (part.shape[0] % batch or batch in part.shape[1:]): raise NotImplementedError(
-        f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: explain them one at a time')
+        f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: '
+        'explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #37f59c92
+# %% ../nbs/10_trace.ipynb #c2f35b5c
 def meet(
     h:torch.Tensor,
     note,           # called with the gradient of `h` as it is now
@@ -77,9 +78,9 @@ def meet(
     h.register_hook(note)
     return swap_backward(h, h) if h._is_view() else h
 
-# %% ../nbs/10_trace.ipynb #a56993b6
-class TokenTally(Tally):
-    "Input times gradient at every token state, and every constant by stage (0: the embedding, i+1: block i and what follows) and token"
+# %% ../nbs/10_trace.ipynb #c761f277
+class _States(Tally):
+    "Input times gradient at every token state"
     def __init__(self, batch:int, plan:Layout):
         self.batch, self.plan, self.thread = batch, plan, threading.get_ident()
         self.states, self.nodes, self.kept, self.first = [], [], [], None
@@ -99,6 +100,9 @@ class TokenTally(Tally):
         tokens = self.states[i].tokens(g.to(self.dtype)*h)
         self.input_x_gradient[self.kept.index(i)] += on_grid(tokens, self.states[i], self.grid, self.prefix)
 
+# %% ../nbs/10_trace.ipynb #0ca90f46
+class _Constants(_States):
+    "Every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def where(self, args, out):
         return len(self.states), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
 
@@ -110,6 +114,9 @@ class TokenTally(Tally):
         if found: self.constants[stage] += on_grid(*found, self.grid, self.prefix)
         else: self.unplaced[stage] += per_image(part, self.batch)
 
+# %% ../nbs/10_trace.ipynb #175d545d
+class TokenTally(_Constants):
+    "Input times gradient and constants, by token, for one backward pass after the other"
     def clear(self, like, kept):
         "Empty sheets for the next backward pass, for those states that are `kept`"
         self.kept, states = kept, [self.states[i] for i in kept]
@@ -121,7 +128,7 @@ class TokenTally(Tally):
         self.input_x_gradient = new(len(kept), self.batch, n)
         self.constants, self.unplaced = new(len(kept) + 1, self.batch, n), new(len(kept) + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #a2f5cd05
+# %% ../nbs/10_trace.ipynb #8c755dd5
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -137,7 +144,7 @@ def listen(tally:TokenTally):
             undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #476c2438
+# %% ../nbs/10_trace.ipynb #b914c14f
 def bottlenecks(
     scores, # tensors
     end,    # node of the graph at the input
@@ -157,7 +164,7 @@ def bottlenecks(
     total = sum(ways[n] for n, _ in roots)
     return [i for i, s in enumerate(states) if ways.get(s[0], 0)*tensor[s] == total]
 
-# %% ../nbs/10_trace.ipynb #dced6111
+# %% ../nbs/10_trace.ipynb #06e66bbb
 def prefix_in_front(tally:TokenTally, leaf):
     "Whether the tokens before the patches of the first state are the same for any image"
     h, p = tally.first, tally.states[0].prefix if tally.states else 0
@@ -167,18 +174,18 @@ def prefix_in_front(tally:TokenTally, leaf):
     g, = torch.autograd.grad(h, leaf, v*torch.linspace(1, 2, h.shape[-1]).to(v), retain_graph=True)
     return not g.any()
 
-# %% ../nbs/10_trace.ipynb #dc8a7ce0
+# %% ../nbs/10_trace.ipynb #aebb3308
 @dataclass
 class Trace:
-    "What one forward and one backward pass tell: L blocks, B images, N tokens (prefix tokens first); all in units of the score"
+    "What one forward and one backward pass tell, in units of the score: L blocks, B images, N tokens (prefix first)"
     score:torch.Tensor            # [B] the number that is explained
     target:torch.Tensor           # [B] its class, or None for a function
     input_x_gradient:torch.Tensor # [L, B, N] at the input of every block
-    constants:torch.Tensor        # [L+1, B, N] that have a place: stage 0 before the first block, stage i+1 from block i on
+    constants:torch.Tensor        # [L+1, B, N] with a place: stage 0 before the blocks, stage i+1 from block i on
     unplaced:torch.Tensor         # [L+1, B] that have none
-    pixels:torch.Tensor           # [B, H, W] input times gradient at the pixels, summed over the colours; of text [B, 1, N] at its embedding
+    pixels:torch.Tensor           # [B, H, W] input times gradient, over all colours; of text [B, 1, N] at its embedding
     images:torch.Tensor           # [B, 3, H, W], or token ids [B, N]
-    grid:tuple                    # rows and columns of patches, of the finest where blocks differ; None without a token grid
+    grid:tuple                    # rows and columns of patches, finest where blocks differ; None without a token grid
     prefix:int                    # prefix tokens in front of the patches
     rules:str                     # name of the rule set
     grids:tuple=()                # the grid of each block
@@ -189,15 +196,17 @@ class Trace:
         return self.constants[first:].sum(0), self.unplaced[first:].sum(0)
 
     def completeness_error(self, block=0):
-        "What tokens and constants from `block` on leave unexplained of the score [B], in its units; None: pixels and all constants"
+        "What tokens and constants from `block` on leave unexplained of the score [B]; None: pixels and all constants"
         placed, unplaced = self.constants_from(block)
         here = self.pixels.flatten(1) if block is None else self.input_x_gradient[block]
         return self.score - here.sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #0cb41eb9
+# %% ../nbs/10_trace.ipynb #a7fd3f63
 class _Start:
     "The tensor where gradients end, and the clone that the model gets"
-    def __init__(self, x=None, instead=None): self.leaf, self.instead = None, instead; self.begin(x) if x is not None else None
+    def __init__(self, x=None, instead=None):
+        self.leaf, self.instead = None, instead
+        if x is not None: self.begin(x)
     def begin(self, x):
         self.leaf = x.detach().clone().requires_grad_()
         self.fed = self.leaf.clone() if self.instead is None else self.instead
@@ -210,7 +219,7 @@ def _embeddings(model):
 
 @contextmanager
 def start(model, data, instead=None):
-    "A `_Start`: at once for images, and for text when the first embedding has taken the token ids; `instead` replaces what it returns"
+    "A `_Start`: at once for images, for text when an embedding takes the token ids; `instead` replaces its output"
     if not data.text: yield _Start(data.x); return
     begun, thread = _Start(instead=instead), threading.get_ident()
     def hook(module, args, out):
@@ -220,7 +229,7 @@ def start(model, data, instead=None):
         for m in _embeddings(model): undo.callback(m.register_forward_hook(hook).remove)
         yield begun
 
-# %% ../nbs/10_trace.ipynb #8f03af5d
+# %% ../nbs/10_trace.ipynb #73d99457
 def as_function(
     model,
     images, # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -233,7 +242,7 @@ def as_function(
         with start(model, data, x): return data.call(model, data.x)
     return embedded, begun.leaf.detach()
 
-# %% ../nbs/10_trace.ipynb #e0a78e10
+# %% ../nbs/10_trace.ipynb #fe27a241
 def trace(
     model,
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -250,24 +259,27 @@ def trace(
         tally = TokenTally(len(data.x), layout(model, data.x))
         with start(model, data) as begun, listen(tally), libra(model, rules, tally):
             output = data.call(model, data.x if data.text else begun.fed)
-        with libra(rules='plain'): scores = [choose(output, t, of, data.last()) for t in targets]  # also inside a `libra` of the caller
+        with libra(rules='plain'):  # also inside a `libra` of the caller
+            scores = [choose(output, t, of, data.last()) for t in targets]
         _check_scores(scores, begun)
         sure = prefix_in_front(tally, begun.leaf)
         kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #5198bb2f
+# %% ../nbs/10_trace.ipynb #3779795a
 def _check_scores(scores, begun):
     for score, _ in scores:
         if begun.leaf is None: raise ValueError(
             'no embedding of the model received the token ids: pass images, or the ids that its input embedding takes')
         if not score.requires_grad: raise ValueError(
-            'no operation of the model lets a gradient through from its output to the images: it may be scripted, quantised, or run under torch.no_grad inside')
-        if len(score) != len(begun.leaf): raise ValueError(f'the target function returned {len(score)} scores for {len(begun.leaf)} images')
+            'no operation of the model lets a gradient through from its output to the images: '
+            'it may be scripted, quantised, or run under torch.no_grad inside')
+        if len(score) != len(begun.leaf):
+            raise ValueError(f'the target function returned {len(score)} scores for {len(begun.leaf)} images')
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
-# %% ../nbs/10_trace.ipynb #faf4e799
+# %% ../nbs/10_trace.ipynb #6d5af30a
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
     try: g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
@@ -276,6 +288,7 @@ def _backward(data, begun, tally, kept, score, target, last, rules):
         raise ValueError('the model recomputes its blocks in the backward pass, where the rules are off: '
                          'turn that off, e.g. with model.set_grad_checkpointing(False)') from e
     pixels = (g*begun.leaf).detach().to(tally.dtype)
+    pixels = pixels.sum(-1)[:, None] if data.text else pixels.sum(1)
+    name = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
     return Trace(score.detach().to(tally.dtype), target, tally.input_x_gradient, tally.constants, tally.unplaced,
-                 pixels.sum(-1)[:, None] if data.text else pixels.sum(1), data.x.detach(), tally.grid, tally.prefix,
-                 rules if isinstance(rules, str) else getattr(rules, 'name', 'custom'), tuple(tally.states[i].grid for i in kept))
+                 pixels, data.x.detach(), tally.grid, tally.prefix, name, tuple(tally.states[i].grid for i in kept))
