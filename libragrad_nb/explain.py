@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['Attribution', 'heat', 'attribute', 'explain']
 
-# %% ../nbs/16_explain.ipynb #2791706a
+# %% ../nbs/16_explain.ipynb #a0249218
 import base64, io, os, warnings
 from dataclasses import dataclass
 
-# %% ../nbs/16_explain.ipynb #52655c50
+# %% ../nbs/16_explain.ipynb #1f9b1392
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/16_explain.ipynb #9003691e
+# %% ../nbs/16_explain.ipynb #39f8bce9
 from .core import rule_set
 from .gradient_maps import methods
 from .ledger import ledger
 from .tokens import choose, read_inputs
 from .trace import Trace, as_function, trace
 
-# %% ../nbs/16_explain.ipynb #f0b25e17
+# %% ../nbs/16_explain.ipynb #c0b22135
 @dataclass
 class Attribution:
     "An explanation of B scores; every number is in units of the score"
@@ -53,7 +53,7 @@ class Attribution:
     def save(self, path): return _save(self, path)
     def _repr_html_(self): return _html(self)
 
-# %% ../nbs/16_explain.ipynb #74bca73a
+# %% ../nbs/16_explain.ipynb #0a27d311
 def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     "Draw a map [rows, cols] over an image [H, W, 3]; returns what a colour bar needs"
     limit = limit or values.abs().max().item() or 1.
@@ -64,7 +64,7 @@ def heat(ax, rgb, values, title='', limit=None, cmap='RdBu_r'):
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
-# %% ../nbs/16_explain.ipynb #62d490c6
+# %% ../nbs/16_explain.ipynb #db9c494d
 def _show(a, width):
     "Image and map side by side, up to three such pairs in a row"
     import matplotlib.pyplot as plt
@@ -82,7 +82,7 @@ def _show(a, width):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #21fa22f0
+# %% ../nbs/16_explain.ipynb #1e46a880
 def _show_text(a, width, labels=None, per_row=12):
     "Tokens as coloured cells, `per_row` in a row"
     import matplotlib.pyplot as plt
@@ -103,7 +103,7 @@ def _show_text(a, width, labels=None, per_row=12):
     plt.close(fig)
     return fig
 
-# %% ../nbs/16_explain.ipynb #5085aa46
+# %% ../nbs/16_explain.ipynb #c3e9fd2d
 def _html(a, most=8):
     "The picture and the receipt of the first images"
     out = io.BytesIO(); a.show().savefig(out, format='png', dpi=72)
@@ -117,7 +117,7 @@ def _html(a, most=8):
     return (f'<p><code>{a.method}</code>, rules <code>{a.rules}</code></p><img alt="attribution maps" '
             f'src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"><table>{table}</table>')
 
-# %% ../nbs/16_explain.ipynb #01fe4d1d
+# %% ../nbs/16_explain.ipynb #0bc6fb06
 def _save(a, path):
     path = os.fspath(path); kind = path.rsplit('.', 1)[-1].lower()
     if kind not in ('png', 'svg', 'pdf', 'npz'): raise ValueError(
@@ -133,7 +133,7 @@ def _save(a, path):
         if os.path.exists(part): os.remove(part)
     return path
 
-# %% ../nbs/16_explain.ipynb #68c0bb8b
+# %% ../nbs/16_explain.ipynb #e09eee29
 def _rgb(model, images):
     "Undo the normalisation that the model's configuration names: [B, H, W, 3] in [0, 1]; token ids as they are"
     if not images.is_floating_point(): return images.cpu()
@@ -145,7 +145,7 @@ def _rgb(model, images):
     grey = (x - low)/(high - low).clamp_min(1e-6)
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
-# %% ../nbs/16_explain.ipynb #ed20fae8
+# %% ../nbs/16_explain.ipynb #8672dee2
 def attribute(model, t:Trace, method:str)->Attribution:
     "The map of one method from a trace"
     values, unplaced = methods[method](t)
@@ -157,7 +157,7 @@ def attribute(model, t:Trace, method:str)->Attribution:
     return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
                        placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
 
-# %% ../nbs/16_explain.ipynb #1939d879
+# %% ../nbs/16_explain.ipynb #1d44141c
 def explain(
     model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
     images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
@@ -177,7 +177,7 @@ def explain(
     out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
     return out if isinstance(target, list) else out[0]
 
-# %% ../nbs/16_explain.ipynb #129fff5a
+# %% ../nbs/16_explain.ipynb #58ed060d
 def _lost(t:Trace):
     "Largest share of the attribution that has no owner, of all blocks and images"
     def share(block):
@@ -189,9 +189,13 @@ def _leak(model, images, target, rules):
     "Words for the operation that loses or makes up most"
     f, x = as_function(model, images)
     last = read_inputs(model, images).last()
-    try: worst = ledger(f, x, lambda out: choose(out, target, last=last)[0], rules, parts=model).worst()
-    except (RuntimeError, ValueError) as e: return f'the ledger could not tell where ({e})'
-    return f'the most at {worst.operation} in {worst.module or type(model).__name__}, {worst.residual:+.3g} in units of the score'
+    try: sheet = ledger(f, x, lambda out: choose(out, target, last=last)[0], rules, parts=model)
+    except (RuntimeError, ValueError) as e: return f'The ledger could not tell where ({e})'
+    if not sheet.leaks(): return ('No operation leaks, so constants went to a wrong image or block: '
+                                  'explain the images one at a time, or with method="pixel_x_gradient"')
+    worst = sheet.worst()
+    return (f'The most is lost at {worst.operation} in {worst.module or type(model).__name__}, {worst.residual:+.3g} in units of the score. Register '
+            'a balanced rule for it with libragrad_nb.rule (see the page on rule sets), or take it as it is; libragrad_nb.ledger shows all leaks')
 
 def _warn_incomplete(model, images, target, rules, traces):
     "Say so when the rules do not cover a model, and what is not covered"
@@ -200,5 +204,4 @@ def _warn_incomplete(model, images, target, rules, traces):
     worst, low = max(lost), torch.is_autocast_enabled(x.device.type)
     if worst <= (.1 if low else {torch.float64: 1e-6, torch.float32: 1e-3}.get(x.dtype, .1)): return
     target = target[lost.index(worst)] if isinstance(target, list) else target
-    warnings.warn(f'{worst:.1%} of the attribution has no owner: {_leak(model, images, target, rules)}. Register a balanced rule for it with '
-                  'libragrad_nb.rule (see the page on rule sets), or take it as it is; libragrad_nb.ledger shows all leaks', stacklevel=3)
+    warnings.warn(f'{worst:.1%} of the attribution has no owner. {_leak(model, images, target, rules)}', stacklevel=3)

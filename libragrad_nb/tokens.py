@@ -6,16 +6,16 @@
 __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid', 'Inputs', 'read_inputs', 'check_images',
            'choose']
 
-# %% ../nbs/09_tokens.ipynb #c48c10bc
-import math
+# %% ../nbs/09_tokens.ipynb #14aff253
+import copy, math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# %% ../nbs/09_tokens.ipynb #a95d3767
+# %% ../nbs/09_tokens.ipynb #5315d04a
 import torch
 from torch import nn
 
-# %% ../nbs/09_tokens.ipynb #0762affd
+# %% ../nbs/09_tokens.ipynb #4a546d93
 def members(m):
     "The blocks inside a stage, or the module itself where it is one block"
     inner = getattr(m, 'blocks', m)
@@ -23,7 +23,7 @@ def members(m):
     parts = [c for c in inner if any(True for _ in c.children())]  # a layer has no parts, a block has
     return [b for c in parts for b in members(c)] if 2*len(parts) > len(inner) else [m]
 
-# %% ../nbs/09_tokens.ipynb #6dbc412a
+# %% ../nbs/09_tokens.ipynb #ad033d28
 def _owner(model):
     "The model inside a wrapper: the first module that lists features, or else the model"
     return next((m for m in model.modules() if hasattr(m, 'feature_info')), model)
@@ -42,7 +42,7 @@ def _stages(model):
         names += [f'{parent}.{k}' for k, _ in row.named_children()] if listed else [name]
     return list(dict.fromkeys(names))
 
-# %% ../nbs/09_tokens.ipynb #8fede0d1
+# %% ../nbs/09_tokens.ipynb #e0d02267
 def _largest_list(model):
     "Names of the modules in the list of like modules that holds most parameters"
     def like(m): return isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1 and len({type(c) for c in m}) == 1
@@ -50,7 +50,7 @@ def _largest_list(model):
     name = max(lists, key=lists.get, default=None)
     return [] if name is None else [f'{name}.{k}'.lstrip('.') for k, _ in model.get_submodule(name).named_children()]
 
-# %% ../nbs/09_tokens.ipynb #1687635b
+# %% ../nbs/09_tokens.ipynb #0bd91084
 def _norm_before(model, name):
     "The normalisation that stands right in front of the module of that name, or of a list that it is in; or None"
     while name:
@@ -66,7 +66,7 @@ def _blocks(model):
     norm = _norm_before(model, names[0]) if names else None
     return blocks if norm is None else [norm, *blocks[1:]]
 
-# %% ../nbs/09_tokens.ipynb #85414b68
+# %% ../nbs/09_tokens.ipynb #11dcaffd
 @dataclass(frozen=True)
 class State:
     "How one tensor keeps its tokens"
@@ -87,7 +87,7 @@ class State:
         axes = self.axes if axes is None else axes
         return part.movedim(axes, tuple(range(1, len(axes) + 1))).flatten(1, len(axes)).flatten(2).sum(-1)
 
-# %% ../nbs/09_tokens.ipynb #67b1f911
+# %% ../nbs/09_tokens.ipynb #f5220fe1
 @dataclass
 class Layout:
     "Where a model keeps its tokens"
@@ -119,7 +119,7 @@ class Layout:
         if len(shape) == 3: return _row(self, shape, i)
         if len(shape) == 4 and self.image: return _picture(self, shape, module)
 
-# %% ../nbs/09_tokens.ipynb #b9f0370f
+# %% ../nbs/09_tokens.ipynb #76ef0d05
 def _row(plan, shape, i):
     "The `State` of a row of tokens [B, N, C]"
     if plan.reroll is not None: return _rerolled(plan.reroll, shape, max(i - 1, 0))
@@ -133,7 +133,7 @@ def _rerolled(reroll, shape, block):
     except (KeyError, RuntimeError): return None
     return State((1,), tuple(order.shape), 0, shape[2], order.flatten()) if order.ndim == 2 else None
 
-# %% ../nbs/09_tokens.ipynb #ea578a9f
+# %% ../nbs/09_tokens.ipynb #f2bda7e6
 def _picture(plan, shape, module):
     "The `State` of a picture of tokens, [B, h, w, C] or [B, C, h, w]"
     fits = [axes for axes in ((1, 2), (2, 3)) if _like(shape[axes[0]], shape[axes[1]], *plan.image)]
@@ -150,7 +150,7 @@ def _starts_with_convolution(module):
     weighted = [m for m in module.modules() if getattr(m, 'weight', None) is not None] if module is not None else []
     return bool(weighted) and isinstance(weighted[0], (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
 
-# %% ../nbs/09_tokens.ipynb #da797a94
+# %% ../nbs/09_tokens.ipynb #a6400e10
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
@@ -175,7 +175,7 @@ def _grids(model, grid, size):
     coarse = [tuple(f(s, r) for s in size) for r in steps for f in (lambda s, r: s//r, lambda s, r: -(-s//r))]
     return tuple(dict.fromkeys(([grid] if grid else []) + [g for g in coarse if min(g) > 0]))
 
-# %% ../nbs/09_tokens.ipynb #ccbd5286
+# %% ../nbs/09_tokens.ipynb #c8c501c7
 def layout(
     model,
     x:torch.Tensor, # images [B, C, H, W], or token ids [B, N]
@@ -189,7 +189,7 @@ def layout(
     last = formats.get(str(getattr(inner, 'output_fmt', None)).rpartition('.')[2])
     return Layout(_blocks(model), grid, prefix, size, _grids(model, grid, size), last, getattr(inner, 'reroll', None))
 
-# %% ../nbs/09_tokens.ipynb #66ba0116
+# %% ../nbs/09_tokens.ipynb #633fbcc9
 def overlap(m:int, n:int)->torch.Tensor:
     "Which share of each of `n` cells falls on each of `m` cells of the same length: [m, n], columns sum to 1"
     i, j = torch.arange(m)[:, None], torch.arange(n)
@@ -205,7 +205,7 @@ def spread(
     rows, cols = (overlap(m, n).to(values) for m, n in zip(grid, values.shape[1:]))
     return rows @ values @ cols.T
 
-# %% ../nbs/09_tokens.ipynb #bae0bb2d
+# %% ../nbs/09_tokens.ipynb #c0d6199e
 def on_grid(
     tokens:torch.Tensor, # [B, n] in the order of `state`
     state:State,
@@ -217,7 +217,7 @@ def on_grid(
     patches = spread(patches.reshape(len(tokens), *state.grid), grid).flatten(1)
     return torch.cat([front, front.new_zeros(len(front), prefix - state.prefix), patches], 1)
 
-# %% ../nbs/09_tokens.ipynb #3e190cce
+# %% ../nbs/09_tokens.ipynb #1c19b71c
 @dataclass
 class Inputs:
     "What goes into a model, and which part of it is explained"
@@ -229,7 +229,9 @@ class Inputs:
 
     def call(self, model, x):
         "Run `model` with `x` in the place of what is explained"
-        return model(x) if self.key is None else model(**{**self.given, self.key: x})
+        if self.key is None: return model(x)
+        own = {k: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in self.given.items()}  # caches are written to
+        return model(**{**own, self.key: x})
 
     def last(self):
         "Index of the last token [B] that is not padding; None for images"
@@ -238,7 +240,7 @@ class Inputs:
         places = torch.arange(self.x.shape[1], device=self.x.device)
         return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
 
-# %% ../nbs/09_tokens.ipynb #241035ed
+# %% ../nbs/09_tokens.ipynb #7ade9699
 def read_inputs(model, inputs)->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module):
@@ -260,7 +262,7 @@ def check_images(model, images):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     read_inputs(model, images)
 
-# %% ../nbs/09_tokens.ipynb #a9040ef8
+# %% ../nbs/09_tokens.ipynb #699087e5
 def _main(given):
     "Name of the argument that is explained"
     for key in ('pixel_values', 'input_ids'):
@@ -282,7 +284,7 @@ def _check_images(images):
         'as the transform of the model does')
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
-# %% ../nbs/09_tokens.ipynb #a62e7016
+# %% ../nbs/09_tokens.ipynb #ff3532e4
 def _check_model(model, x):
     "Mode, device and dtype of the model against its input"
     parts = list(model.named_modules())
@@ -300,7 +302,7 @@ def _check_model(model, x):
     if x.is_floating_point() and p.is_floating_point() and mixed: raise TypeError(
         f'the model computes in {p.dtype} and the images are {x.dtype}: convert them with images.to({p.dtype})')
 
-# %% ../nbs/09_tokens.ipynb #0733c078
+# %% ../nbs/09_tokens.ipynb #86cdfe1a
 def _check_size(model, images):
     "Channels and size against what the patch embedding takes, where that is the first thing in the model"
     embed = _patch_embedding(model)
@@ -314,7 +316,7 @@ def _check_size(model, images):
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
-# %% ../nbs/09_tokens.ipynb #fd44e45a
+# %% ../nbs/09_tokens.ipynb #09a431ce
 def choose(
     output,       # of the model: [B, classes], of a language model [B, N, V], or an object with such `.logits`
     target=None,  # None (predicted class), int, one class per image, or a function of the output
@@ -336,7 +338,7 @@ def choose(
     score = logits.softmax(-1) if of=='probability' else logits
     return score.gather(1, classes[:, None])[:, 0], classes
 
-# %% ../nbs/09_tokens.ipynb #1c37ac7f
+# %% ../nbs/09_tokens.ipynb #1bb3cb05
 def _logits(output, last):
     "Scores of the classes [B, classes]"
     logits = getattr(output, 'logits', output)
