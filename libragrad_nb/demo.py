@@ -5,28 +5,28 @@
 # %% auto #0
 __all__ = ['FORMAT', 'METHODS', 'PAGE', 'percent', 'compare', 'picture', 'write', 'main']
 
-# %% ../nbs/23_demo.ipynb #4cc02e2e
+# %% ../nbs/23_demo.ipynb #439e78ab
 import argparse, base64, io, os
 from pathlib import Path
 
-# %% ../nbs/23_demo.ipynb #e95bdb54
+# %% ../nbs/23_demo.ipynb #e6db585f
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/23_demo.ipynb #16c312cb
+# %% ../nbs/23_demo.ipynb #a6dce626
 from .explain import explain, heat
 from .metrics import average_precision, relevance_gain
 from .zoo import EMBEDDED, load, scenes
 
-# %% ../nbs/23_demo.ipynb #3683161b
+# %% ../nbs/23_demo.ipynb #745888c2
 def percent(share):
     "A share as a readable percentage, also a tiny one"
     return f'{share:.0%}' if share > .005 else 'below 0.001%' if share < 1e-5 else f'{share:.3%}'
 
 FORMAT = {'completeness error': percent, 'AP': '{:.2f}'.format, 'SRG': '{:.2f}'.format}
 
-# %% ../nbs/23_demo.ipynb #8c461af6
+# %% ../nbs/23_demo.ipynb #6aff65e6
 METHODS = ('input_x_gradient', 'fullgrad_plus')
 
 def compare(
@@ -48,7 +48,7 @@ def compare(
                      'SRG': relevance_gain(models[name], images, a.map, target).mean().item()})
     return pd.DataFrame(rows), answers
 
-# %% ../nbs/23_demo.ipynb #09857365
+# %% ../nbs/23_demo.ipynb #a37a6fb6
 def picture(s, answers, method='fullgrad_plus', n=3):
     "The first `n` scenes: image, and the map of every model with plain and Libra gradients, a row for each digit"
     import matplotlib.pyplot as plt
@@ -66,7 +66,7 @@ def picture(s, answers, method='fullgrad_plus', n=3):
     plt.close(fig)
     return fig
 
-# %% ../nbs/23_demo.ipynb #54ad5bfd
+# %% ../nbs/23_demo.ipynb #a47f7413
 PAGE = '''<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>libragrad_nb demo</title>
 <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}}
 img{{max-width:100%;background:#fff}}div{{overflow-x:auto}}table{{border-collapse:collapse}}td,th{{padding:.2rem .8rem;border-bottom:1px solid #8886;text-align:right}}</style>
@@ -91,7 +91,7 @@ def write(s, table, answers, out='demo', method='fullgrad_plus'):
         (out/f'{name}.part').write_bytes(data); os.replace(out/f'{name}.part', out/name)
     return out/'demo.png', out/'demo.html'
 
-# %% ../nbs/23_demo.ipynb #59c08162
+# %% ../nbs/23_demo.ipynb #76667849
 def main(args=None):
     "Explain two-digit scenes with the embedded models; `python -m libragrad_nb.demo --help`"
     p = argparse.ArgumentParser(prog='python -m libragrad_nb.demo', description=
@@ -106,5 +106,5 @@ def main(args=None):
     print(table.to_string(index=False, formatters=FORMAT))
     for path in write(s, table, answers, o.out): print('wrote', path)
 
-# %% ../nbs/23_demo.ipynb #deac6484
+# %% ../nbs/23_demo.ipynb #0c925f46
 if __name__ == '__main__' and '__file__' in globals(): main()
