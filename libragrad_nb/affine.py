@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['depends', 'at_zero']
 
-# %% ../nbs/01_affine.ipynb #3c73b51f
+# %% ../nbs/01_affine.ipynb #d89f29d2
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .core import *
 
-# %% ../nbs/01_affine.ipynb #c0c2f1d1
+# %% ../nbs/01_affine.ipynb #a9714344
 def depends(t)->bool:
     "Whether `t` is a tensor that depends on the input (inside `libra`, where parameters are detached)"
     return isinstance(t, Tensor) and t.requires_grad
 
-# %% ../nbs/01_affine.ipynb #ea92e546
+# %% ../nbs/01_affine.ipynb #74f1e7f6
 def _zeroed(a):
     if depends(a): return torch.zeros_like(a)
     return type(a)(map(_zeroed, a)) if type(a) in (list, tuple) else a
@@ -27,7 +27,7 @@ def at_zero(
     "What `op` returns where all that depends on the input is zero: the constant that an affine operation adds"
     return op(*_zeroed(args), **{k: _zeroed(v) for k,v in kwargs.items()})
 
-# %% ../nbs/01_affine.ipynb #ad16ce62
+# %% ../nbs/01_affine.ipynb #d5fcc4a6
 def _per_channel(bias, ndim): return None if bias is None else bias.view(-1, *[1]*(ndim - 2))
 
 @additive(F.linear)
@@ -42,12 +42,12 @@ def _layer_norm(op, input, normalized_shape, weight=None, bias=None, *args, **kw
 @additive(F.group_norm, torch.group_norm)
 def _group_norm(op, input, num_groups, weight=None, bias=None, *args, **kwargs): return _per_channel(bias, input.ndim)
 
-# %% ../nbs/01_affine.ipynb #e71241ad
+# %% ../nbs/01_affine.ipynb #99728785
 @additive(F.batch_norm)
 def _batch_norm(op, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
     return None if training else at_zero(op, input[:1], running_mean, running_var, weight, bias, eps=eps)
 
-# %% ../nbs/01_affine.ipynb #ab72d230
+# %% ../nbs/01_affine.ipynb #5100a190
 @additive(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _add(op, input, other, *, alpha=1):
     if depends(input): return None if depends(other) else other*alpha
@@ -62,7 +62,7 @@ def _rsub(op, input, other, *, alpha=1): return _sub(op, other, input, alpha=alp
 @additive(*[getattr(o, n) for o in (torch, Tensor) for n in 'addmm addbmm baddbmm addmv addcmul addcdiv'.split()])
 def _plus_product(op, input, *args, beta=1, **kwargs): return None if depends(input) else input*beta
 
-# %% ../nbs/01_affine.ipynb #fadba44d
+# %% ../nbs/01_affine.ipynb #68a69732
 _beside = '''where lerp masked_fill masked_scatter scatter index_fill index_copy index_add cat concat concatenate stack
     hstack vstack dstack column_stack row_stack block_diag index_put scatter_add slice_scatter select_scatter'''.split()
 additive(F.pad, *[getattr(o, n) for o in (torch, Tensor) for n in _beside if hasattr(o, n)])(at_zero)
@@ -70,6 +70,5 @@ additive(F.pad, *[getattr(o, n) for o in (torch, Tensor) for n in _beside if has
 @additive(*[getattr(Tensor, n) for n in '__setitem__ copy_ fill_ zero_ masked_fill_ masked_scatter_ scatter_'.split()],
           *[getattr(Tensor, f'index_{n}_') for n in ('put', 'copy', 'fill', 'add')])
 def _written(op, input, *args, **kwargs):
-    there = at_zero(torch.clone, input)
-    at_zero(op, there, *args, **kwargs)
+    at_zero(op, there := at_zero(torch.clone, input), *args, **kwargs)
     return there

@@ -6,21 +6,21 @@
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
            'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
-# %% ../nbs/00_core.ipynb #5ae4258f
+# %% ../nbs/00_core.ipynb #aa377beb
 import threading, warnings
 from contextlib import ExitStack, contextmanager
 
-# %% ../nbs/00_core.ipynb #e8df8bb1
+# %% ../nbs/00_core.ipynb #1f3dcc1b
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/00_core.ipynb #39bd2eb3
+# %% ../nbs/00_core.ipynb #a1a0fe89
 def const(x:torch.Tensor)->torch.Tensor:
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
-# %% ../nbs/00_core.ipynb #eafd87f5
+# %% ../nbs/00_core.ipynb #92b0a065
 class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, surrogate, *gates):
@@ -39,7 +39,7 @@ def swap_backward(
     "The value of `value` with the gradient of `surrogate`"
     return _Swap.apply(value.detach(), surrogate)
 
-# %% ../nbs/00_core.ipynb #bc525e91
+# %% ../nbs/00_core.ipynb #3579cc18
 def scale_backward(
     value:torch.Tensor,  # what the forward pass returns, bit for bit
     x:torch.Tensor,      # same shape as `value`; where the gradient goes
@@ -48,7 +48,7 @@ def scale_backward(
     "The value of `value` with the gradient of `x*const(gate)`, for one gate or several"
     return _Swap.apply(value.detach(), x, *gates)
 
-# %% ../nbs/00_core.ipynb #c9e629e1
+# %% ../nbs/00_core.ipynb #b2565624
 LIBRA, COMPOSITES, CONSTANTS = {}, {}, {}
 rule_sets = dict(libra=LIBRA, plain={})
 
@@ -70,7 +70,7 @@ def rule_set(rules):
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
     return rule_sets[rules]
 
-# %% ../nbs/00_core.ipynb #45797f8d
+# %% ../nbs/00_core.ipynb #72066999
 def _freeze(a):
     "Parameters detached, also inside lists and tuples"
     if isinstance(a, nn.Parameter): return a.detach()
@@ -94,7 +94,7 @@ class _Mode(TorchFunctionMode):
         if note: note(args[0] if out is None else out)  # x[i] = y returns None
         return out
 
-# %% ../nbs/00_core.ipynb #0501c6e2
+# %% ../nbs/00_core.ipynb #cf1dd84f
 class _Here(threading.local): mode = None
 _here = _Here()
 
@@ -109,7 +109,7 @@ def _hook_modules(model, mode):
         if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 
-# %% ../nbs/00_core.ipynb #ee5e0186
+# %% ../nbs/00_core.ipynb #c6c495e7
 @contextmanager
 def libra(
     model=None,    # the model, or any function; it is not changed
@@ -124,7 +124,7 @@ def libra(
         _here.mode = mode; undo.callback(setattr, _here, 'mode', outer)
         with mode: yield mode
 
-# %% ../nbs/00_core.ipynb #64621578
+# %% ../nbs/00_core.ipynb #b17a57b6
 def additive(*ops):
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
@@ -132,11 +132,12 @@ def additive(*ops):
         return constant
     return register
 
-def _behind(view, c):
-    "The tensor that a view shows a part of, and a constant added to that part as one added to the whole"
-    whole = torch.zeros_like(view._base)
-    whole.as_strided(view.shape, view.stride(), view.storage_offset() - view._base.storage_offset()).add_(c)
-    return view._base, whole
+def _behind(out):
+    "Where to listen for the gradient of `out`, and how to read it; a view would lose its hook when it is overwritten"
+    if not out._is_view() or not (base := out._base).requires_grad: return out, lambda g: g
+    size, strides, part, start = base.shape, base.stride(), (out.shape, out.stride()), out.storage_offset() - base.storage_offset()
+    def look(g): return g.new_empty_strided(size, strides).copy_(g).as_strided(*part, start)
+    return base, look
 
 class Tally:
     "Adds up what the additive constants of a forward pass contribute to the score, during its backward pass"
@@ -148,14 +149,14 @@ class Tally:
         if isinstance(c, torch.Tensor): c = c.nan_to_num(float('nan'), 0., 0.)  # a mask's -inf meets gradient 0; also a copy
         def note(out):
             if not out.requires_grad: return
-            whole, part = _behind(out, c) if out._is_view() and args and out is args[0] else (out, c)
-            whole.register_hook(lambda g, where=self.where(args, whole): self.add(g, part, where))
+            (whole, look), where = _behind(out), self.where(args, out)
+            whole.register_hook(lambda g: self.add(look(g), c, where))
         return note
 
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
     def add(self, g, c, where): self.total += (g.double()*c).sum().item()
 
-# %% ../nbs/00_core.ipynb #0b625bd3
+# %% ../nbs/00_core.ipynb #412094d6
 def completeness_error(
     f,             # a function or model of one tensor
     x:torch.Tensor,# its input
@@ -170,7 +171,7 @@ def completeness_error(
     parts = v.double()*y.double()
     return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
 
-# %% ../nbs/00_core.ipynb #eddc71eb
+# %% ../nbs/00_core.ipynb #ff01a1c0
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 def test_complete(f, x, v=None, rules='libra'):

@@ -6,23 +6,23 @@
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'stages', 'TokenTally', 'listen', 'bottlenecks',
            'prefix_in_front', 'Trace', 'start', 'as_function', 'trace']
 
-# %% ../nbs/10_trace.ipynb #e8e5156a
+# %% ../nbs/10_trace.ipynb #16e5a35e
 import math, threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/10_trace.ipynb #4c8570a3
+# %% ../nbs/10_trace.ipynb #ccb238a5
 import torch
 from torch import nn
 
-# %% ../nbs/10_trace.ipynb #e47ec97e
+# %% ../nbs/10_trace.ipynb #c76d4e2a
 from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
-# %% ../nbs/10_trace.ipynb #108a891f
+# %% ../nbs/10_trace.ipynb #61e0d993
 def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
@@ -34,7 +34,7 @@ def token_axis(
     last = fits[0] == len(shape) - 1
     return fits[0] if not last or (before is not None and before[-1] != n) else None
 
-# %% ../nbs/10_trace.ipynb #29c60173
+# %% ../nbs/10_trace.ipynb #0d3226a9
 def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
@@ -47,7 +47,7 @@ def token_axes(
     axis = token_axis(shape, state.n, before)
     return axis and (axis,)
 
-# %% ../nbs/10_trace.ipynb #0852f609
+# %% ../nbs/10_trace.ipynb #a4cc2e95
 def placed(
     part:torch.Tensor, # what a constant contributes, shaped like the operation's output
     state:State,
@@ -60,7 +60,7 @@ def placed(
     axes = token_axes(part.shape, state, before) if part.ndim and len(part) == batch else None
     return axes and (state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
-# %% ../nbs/10_trace.ipynb #2a73295c
+# %% ../nbs/10_trace.ipynb #64d7716b
 def per_image(part, batch):
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
@@ -69,7 +69,7 @@ def per_image(part, batch):
         'explain them one at a time')
     return part.reshape(batch, -1).sum(1)
 
-# %% ../nbs/10_trace.ipynb #c43f50eb
+# %% ../nbs/10_trace.ipynb #65c4825d
 def meet(
     h:torch.Tensor,
     note,           # called with the gradient of `h` as it is now
@@ -78,7 +78,7 @@ def meet(
     h.register_hook(note)
     return swap_backward(h, h) if h._is_view() else h
 
-# %% ../nbs/10_trace.ipynb #a21e6c33
+# %% ../nbs/10_trace.ipynb #d9d99559
 class _States(Tally):
     "Input times gradient at every token state"
     def __init__(self, batch:int, plan:Layout):
@@ -100,7 +100,7 @@ class _States(Tally):
         tokens = self.states[i].tokens(g.to(self.dtype)*h)
         self.input_x_gradient[self.kept.index(i)] += on_grid(tokens, self.states[i], self.grid, self.prefix)
 
-# %% ../nbs/10_trace.ipynb #9cb70199
+# %% ../nbs/10_trace.ipynb #92c4676e
 def stages(nodes)->dict:
     "For every node behind one of `nodes`, by its number: the first of them that it is behind"
     found = {}
@@ -112,11 +112,12 @@ def stages(nodes)->dict:
             todo += [below for below, _ in n.next_functions]
     return found
 
-# %% ../nbs/10_trace.ipynb #a7edf87c
+# %% ../nbs/10_trace.ipynb #362d20ea
 class _Constants(_States):
     "Every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def where(self, args, out):
-        return out.grad_fn._sequence_nr(), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
+        whole = out._base if out._is_view() and out._base.requires_grad else out  # a view's own node may be replaced
+        return whole.grad_fn._sequence_nr(), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
 
     def add(self, g, c, where):
         (number, before), part = where, g.to(self.dtype)*c
@@ -126,7 +127,7 @@ class _Constants(_States):
         if found: self.constants[stage] += on_grid(*found, self.grid, self.prefix)
         else: self.unplaced[stage] += per_image(part, self.batch)
 
-# %% ../nbs/10_trace.ipynb #3fbbfdeb
+# %% ../nbs/10_trace.ipynb #7a63fc00
 class TokenTally(_Constants):
     "Input times gradient and constants, by token, for one backward pass after the other"
     def clear(self, like, kept):
@@ -141,7 +142,7 @@ class TokenTally(_Constants):
         self.input_x_gradient = new(len(kept), self.batch, n)
         self.constants, self.unplaced = new(len(kept) + 1, self.batch, n), new(len(kept) + 1, self.batch)
 
-# %% ../nbs/10_trace.ipynb #a51f6c5e
+# %% ../nbs/10_trace.ipynb #573c59bc
 @contextmanager
 def listen(tally:TokenTally):
     "Let `tally` meet the token states while the model runs in this thread"
@@ -157,7 +158,7 @@ def listen(tally:TokenTally):
             undo.callback(stage.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tally
 
-# %% ../nbs/10_trace.ipynb #6f3c6dcf
+# %% ../nbs/10_trace.ipynb #7d705de3
 def bottlenecks(
     scores, # tensors
     end,    # node of the graph at the input
@@ -177,7 +178,7 @@ def bottlenecks(
     total = sum(ways[n] for n, _ in roots)
     return [i for i, s in enumerate(states) if ways.get(s[0], 0)*tensor[s] == total]
 
-# %% ../nbs/10_trace.ipynb #c50e97f2
+# %% ../nbs/10_trace.ipynb #4dbb9cd7
 def prefix_in_front(tally:TokenTally, leaf):
     "Whether the tokens before the patches of the first state are the same for any image"
     h, p = tally.first, tally.states[0].prefix if tally.states else 0
@@ -188,7 +189,7 @@ def prefix_in_front(tally:TokenTally, leaf):
     g, = torch.autograd.grad(h, leaf, v*torch.linspace(1, 2, h.shape[-1]).to(v), retain_graph=True)
     return not g.any()
 
-# %% ../nbs/10_trace.ipynb #2ea14700
+# %% ../nbs/10_trace.ipynb #3aedef32
 @dataclass
 class Trace:
     "What one forward and one backward pass tell, in units of the score: L blocks, B images, N tokens (prefix first)"
@@ -215,7 +216,7 @@ class Trace:
         here = self.pixels.flatten(1) if block is None else self.input_x_gradient[block]
         return self.score - here.sum(-1) - placed.sum(-1) - unplaced
 
-# %% ../nbs/10_trace.ipynb #10088f4a
+# %% ../nbs/10_trace.ipynb #39273b3f
 class _Start:
     "The tensor where gradients end, and the clone that the model gets"
     def __init__(self, x=None, instead=None):
@@ -249,7 +250,7 @@ def start(model, data, instead=None):
         for m in _embeddings(model): undo.callback(m.register_forward_hook(hook).remove)
         yield begun
 
-# %% ../nbs/10_trace.ipynb #58f001c5
+# %% ../nbs/10_trace.ipynb #bc791de8
 def as_function(
     model,
     images, # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -263,7 +264,7 @@ def as_function(
         with start(model, data, x): return data.call(model, data.x)
     return embedded, begun.leaf.detach()
 
-# %% ../nbs/10_trace.ipynb #350258c7
+# %% ../nbs/10_trace.ipynb #3daf4ac9
 def trace(
     model,
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
@@ -287,7 +288,7 @@ def trace(
         kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
-# %% ../nbs/10_trace.ipynb #c9670170
+# %% ../nbs/10_trace.ipynb #7ccbc547
 def _check_scores(scores, begun):
     for score, _ in scores:
         begun.check()
@@ -299,7 +300,7 @@ def _check_scores(scores, begun):
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
-# %% ../nbs/10_trace.ipynb #627c23d3
+# %% ../nbs/10_trace.ipynb #cc9909c6
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
     try: g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
