@@ -17,10 +17,10 @@ from PIL import Image
 
 # %% ../nbs/16_explain.ipynb #884e0a60
 from .core import rule_set
-from .gradient_maps import methods
+from .gradient_maps import find_method, methods
 from .ledger import ledger
 from .tokens import choose, read_inputs
-from .trace import Trace, as_function, trace
+from .trace import Question, Trace, as_function, trace
 
 # %% ../nbs/16_explain.ipynb #550be016
 @dataclass
@@ -153,36 +153,75 @@ def _rgb(model, images):
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
 # %% ../nbs/16_explain.ipynb #827e80ba
-def attribute(model, t:Trace, method:str)->Attribution:
-    "The map of one method from a trace"
-    values, unplaced = methods[method](t)
-    at_pixels = methods[method].pixels
-    placed, rest = t.constants_from(None if at_pixels else 0)
-    if at_pixels: prefix, grid = values[:, :0, 0], values
-    else: prefix, grid = values[:, :t.prefix], values[:, t.prefix:].reshape(len(values), *t.grid)
+def attribute(
+    model, q:Question,
+    method:str,
+    tokens, unplaced, # [B, N] (or pixels [B, H, W]) and [B]
+    additive=None,    # [B]
+)->Attribution:
+    "What a method found, as an `Attribution`"
+    m = find_method(method)[0]
+    prefix = tokens[:, :0, 0] if m.pixels else tokens[:, :q.prefix]
+    grid = tokens if m.pixels else tokens[:, q.prefix:].reshape(len(tokens), *q.grid)
     if not grid.any(): warnings.warn(f'the {method} map is zero everywhere: the score does not depend on the patches', stacklevel=3)
-    return Attribution(grid, prefix, unplaced, t.score, t.target, t.score - values.flatten(1).sum(-1) - unplaced,
-                       placed.sum(-1) + rest, _rgb(model, t.images), method, t.rules)
+    nothing = torch.full_like(q.score, float('nan'))
+    error = q.score - tokens.flatten(1).sum(-1) - unplaced if m.unit == 'score' else nothing
+    return Attribution(grid, prefix, unplaced, q.score, q.target, error, nothing if additive is None else additive,
+                       _rgb(model, q.images), method, q.rules)
+
+def _from_trace(model, t:Trace, method, options):
+    m, at = find_method(method)
+    placed, rest = t.constants_from(None if m.pixels else 0)
+    return attribute(model, t, method, *m(t, **{**at, **options}), placed.sum(-1) + rest)
+
+def _by_running(model, images, target, rules, of, method, options):
+    m, at = find_method(method)
+    q, tokens, unplaced = m(model, images, target, rules or m.rules, of, **{**at, **options})
+    return attribute(model, q, method, tokens, unplaced)
 
 # %% ../nbs/16_explain.ipynb #7048eccc
 def explain(
     model,                # a model in evaluation mode (timm, Hugging Face, your own); it is not changed
     images,               # [B, 3, H, W] transformed as the model expects, token ids [B, N], or a dictionary of arguments
     target=None,          # None (predicted class), int, tensor [B], function of the output, or a list of several (one forward pass)
-    method:str=None,      # a name in `methods`; None: 'fullgrad_plus' where the model has a token grid, else 'pixel_x_gradient'
-    rules='libra',        # 'libra', 'plain', or a set of rules
+    method=None,          # a name in `methods`, or a list of them; None: 'fullgrad_plus' where the model has a token grid, else 'pixel_x_gradient'
+    rules=None,           # 'libra', 'plain', another name in `rule_sets`, or a set of rules; None: 'libra', unless the method needs other ones
     of:str='logit',       # explain the 'logit' or the 'probability' of the class
-):                        # an `Attribution`, or a list of them where `target` is a list
+    **options,            # of the methods, see `methods[name].options`
+):                        # an `Attribution`; a dictionary of them where `method` is a list, a list of either where `target` is a list
     "Which patches made the score: a signed map in units of the score (LibraGrad, arXiv 2411.16760)"
-    if method is not None and (not isinstance(method, str) or method not in methods):
-        raise ValueError(f'unknown method {method!r}: choose one of {", ".join(methods)}')
-    if not isinstance(rules, str) and not hasattr(rules, 'get'): raise TypeError(
+    names = method if isinstance(method, (list, tuple)) else [method]
+    if not names: raise ValueError('an empty list of methods: name some, or pass None')
+    used = {n: find_method(n)[0] for n in names if n is not None}
+    own = _own_options(used, options)
+    if not isinstance(rules, (str, type(None))) and not hasattr(rules, 'get'): raise TypeError(
         f'rules must be a name or a dictionary of rules, not {rules!r}')
-    rule_set(rules)
-    traces = trace(model, images, target, rules, of)
-    if of == 'logit' and rule_set(rules) and getattr(rule_set(rules), 'complete', True): _warn_incomplete(model, images, target, rules, traces)
-    out = [attribute(model, t, method or ('pixel_x_gradient' if t.grid is None else 'fullgrad_plus')) for t in traces]
+    if rules is not None: rule_set(rules)
+    targets = target if isinstance(target, list) else [target]
+    out = [{} for _ in targets]
+    if traced := [n for n in names if n is None or not used[n].runs]:
+        for found, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used)):
+            found.update({n: _from_trace(model, t, n or _usual(t), own.get(n, {})) for n in traced})
+    for found, one in zip(out, targets):
+        found.update({n: _by_running(model, images, one, rules, of, n, own[n]) for n in names if n not in traced})
+    out = [{n: found[n] for n in names} if isinstance(method, (list, tuple)) else found[method] for found in out]
     return out if isinstance(target, list) else out[0]
+
+def _usual(t): return 'pixel_x_gradient' if t.grid is None else 'fullgrad_plus'
+
+def _traces(model, images, targets, rules, of, used):
+    terms = dict.fromkeys(term for m in used.values() for term in m.terms)
+    traces = trace(model, images, targets, rules, of, terms)
+    if of == 'logit' and rule_set(rules) and getattr(rule_set(rules), 'complete', True): _warn_incomplete(model, images, targets, rules, traces)
+    return traces
+
+def _own_options(used, options):
+    "Options that belong to each method; an option that no method has is an error"
+    own = {n: {k: v for k, v in options.items() if k in m.options} for n, m in used.items()}
+    for k in options:
+        if not any(k in o for o in own.values()): raise TypeError(
+            f'no option {k!r}: ' + ('; '.join(f'{n} takes {", ".join(m.options) or "none"}' for n, m in used.items()) or 'name a method first'))
+    return own
 
 # %% ../nbs/16_explain.ipynb #2190a695
 def _lost(t:Trace):
@@ -210,5 +249,5 @@ def _warn_incomplete(model, images, target, rules, traces):
     x = next(model.parameters(), traces[0].images)
     worst, low = max(lost), torch.is_autocast_enabled(x.device.type)
     if worst <= (.1 if low else {torch.float64: 1e-6, torch.float32: 1e-3}.get(x.dtype, .1)): return
-    target = target[lost.index(worst)] if isinstance(target, list) else target
-    warnings.warn(f'{worst:.1%} of the attribution has no owner. {_leak(model, images, target, rules)}', stacklevel=3)
+    target = target[lost.index(worst)]
+    warnings.warn(f'{worst:.1%} of the attribution has no owner. {_leak(model, images, target, rules)}', stacklevel=4)

@@ -84,8 +84,12 @@ class State:
         axes=None,
     ):                     # [B, n]
         "Sum over everything but batch and tokens"
+        return self.rows(part, axes).sum(-1)
+
+    def rows(self, part:torch.Tensor, axes=None):
+        "The same tensor as a row of tokens [B, n, C]"
         axes = self.axes if axes is None else axes
-        return part.movedim(axes, tuple(range(1, len(axes) + 1))).flatten(1, len(axes)).flatten(2).sum(-1)
+        return part.movedim(axes, tuple(range(1, len(axes) + 1))).flatten(1, len(axes)).flatten(2)
 
 # %% ../nbs/09_tokens.ipynb #f5220fe1
 @dataclass
