@@ -20,7 +20,7 @@ from .core import rule_set
 from .gradient_maps import find_method, methods
 from .ledger import ledger
 from .tokens import choose, read_inputs
-from .trace import Question, Trace, as_function, trace
+from .trace import NoAttention, Question, Trace, as_function, trace
 
 # %% ../nbs/16_explain.ipynb #550be016
 @dataclass
@@ -170,13 +170,13 @@ def attribute(
                        _rgb(model, q.images), method, q.rules)
 
 def _from_trace(model, t:Trace, method, options):
-    m, at = find_method(method)
+    m = find_method(method)[0]
     placed, rest = t.constants_from(None if m.pixels else 0)
-    return attribute(model, t, method, *m(t, **{**at, **options}), placed.sum(-1) + rest)
+    return attribute(model, t, method, *m(t, **options), placed.sum(-1) + rest)
 
 def _by_running(model, images, target, rules, of, method, options):
-    m, at = find_method(method)
-    q, tokens, unplaced = m(model, images, target, rules or m.rules, of, **{**at, **options})
+    m = find_method(method)[0]
+    q, tokens, unplaced = m(model, images, target, rules or m.rules, of, **options)
     return attribute(model, q, method, tokens, unplaced)
 
 # %% ../nbs/16_explain.ipynb #7048eccc
@@ -200,7 +200,7 @@ def explain(
     targets = target if isinstance(target, list) else [target]
     out = [{} for _ in targets]
     if traced := [n for n in names if n is None or not used[n].runs]:
-        for found, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used)):
+        for found, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used, own)):
             found.update({n: _from_trace(model, t, n or _usual(t), own.get(n, {})) for n in traced})
     for found, one in zip(out, targets):
         found.update({n: _by_running(model, images, one, rules, of, n, own[n]) for n in names if n not in traced})
@@ -209,15 +209,18 @@ def explain(
 
 def _usual(t): return 'pixel_x_gradient' if t.grid is None else 'fullgrad_plus'
 
-def _traces(model, images, targets, rules, of, used):
-    terms = dict.fromkeys(term for m in used.values() for term in m.terms)
-    traces = trace(model, images, targets, rules, of, terms)
+def _traces(model, images, targets, rules, of, used, own):
+    terms = dict.fromkeys(term for n, m in used.items() if not m.runs for term in m.wants(**own[n]))
+    try: traces = trace(model, images, targets, rules, of, terms)
+    except NoAttention as e: raise NoAttention(
+        f'{e}: {", ".join(n for n, m in used.items() if m.attention)} cannot be drawn. Without attention there are '
+        f'{", ".join(n for n in methods if not methods[n].attention)}') from e
     if of == 'logit' and rule_set(rules) and getattr(rule_set(rules), 'complete', True): _warn_incomplete(model, images, targets, rules, traces)
     return traces
 
 def _own_options(used, options):
     "Options that belong to each method; an option that no method has is an error"
-    own = {n: {k: v for k, v in options.items() if k in m.options} for n, m in used.items()}
+    own = {n: {**find_method(n)[1], **{k: v for k, v in options.items() if k in m.options}} for n, m in used.items()}
     for k in options:
         if not any(k in o for o in own.values()): raise TypeError(
             f'no option {k!r}: ' + ('; '.join(f'{n} takes {", ".join(m.options) or "none"}' for n, m in used.items()) or 'name a method first'))
