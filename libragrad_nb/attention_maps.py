@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'raw_attention', 'attention_gradient', 'attention_x_gradient', 'mean_attention_x_gradient', 'grad_sam',
-           'attn_cam', 'attention_rollout', 'gen_att', 'SUMS', 'HEADS', 'weights', 'gradient', 'weights_x_gradient',
-           'mean_weights_x_gradient', 'which_row', 'mix', 'Read', 'reads', 'weights_x_mean_gradient', 'Rolled', 'rolls',
-           'att_cat', 'change', 'ResidualSums', 'token_length', 'token_tm', 'mean_token', 'as_it_is', 'legrad',
-           'without_empty']
+           'attn_cam', 'attention_rollout', 'gen_att', 'SUMS', 'NORMS', 'HEADS', 'weights', 'gradient',
+           'weights_x_gradient', 'mean_weights_x_gradient', 'which_row', 'mix', 'Read', 'reads',
+           'weights_x_mean_gradient', 'Rolled', 'rolls', 'att_cat', 'change', 'ResidualSums', 'token_length',
+           'token_tm', 'mean_token', 'as_it_is', 'legrad', 'without_empty']
 
 # %% ../nbs/12_attention_maps.ipynb #772a0686
 import threading
@@ -141,19 +141,22 @@ def change(E, F):
     return F.norm(dim=-1)/(E.norm(dim=-1) + 1e-8)*kept
 
 SUMS = {torch.add, *(getattr(torch.Tensor, name) for name in ('add', 'add_', '__add__', '__radd__', '__iadd__'))}
+NORMS = {F.layer_norm, getattr(F, 'rms_norm', None)}
 
 class ResidualSums:
     "Notes in the forward pass how each block's residual sums change the tokens"
-    def __init__(self): self.stream, self.changes = None, []
-    def enter(self, h): self.stream = h; self.changes.append([])
+    def __init__(self): self.stream, self.changes = [], []
+    def enter(self, h): self.stream = [h]; self.changes.append([])
 
     def __call__(self, op, args, kwargs):
-        if op not in SUMS or not self.changes or not any(a is self.stream for a in args): return None
-        before, mine = self.stream.detach(), self.changes[-1]
-        if overwrites(op, args, kwargs): before = before.clone()
+        if op not in SUMS | NORMS: return None
+        before = next((h for h in self.stream if any(a is h for a in args)), None)
+        if before is None: return None
+        if op in NORMS: return self.stream.append  # some models normalise in the stream itself
+        mine, kept = self.changes[-1], before.detach().clone() if overwrites(op, args, kwargs) else before.detach()
         def note(out):
-            self.stream = out
-            mine.append(change(before, out.detach()))
+            self.stream = [out]
+            mine.append(change(kept, out.detach()))
         return note
 
 # %% ../nbs/12_attention_maps.ipynb #57d3c40c
@@ -220,22 +223,18 @@ def mean_token(h): return h.mean(1, keepdim=True).expand_as(h)
 def as_it_is(h): return h
 HEADS = dict(mean=[mean_token], model=[as_it_is])
 
-def _positive(gradients, places, L, B, n, c):
-    "ReLU of the gradient of every block's attention, or of the head's where it has one: [L, B, n]"
-    own = [gradients.get(i) for i in range(L)]
-    if 'head' in places and (c or 'head' in gradients): own = gradients['head'].unflatten(0, (-1, B))[1 + c*L:][:L]
+def _positive(gradients, pooled, L, B, n, c):
+    "ReLU of the gradient of every block's attention, or of the head's where it pools: [L, B, n]"
+    own = gradients['head'].unflatten(0, (-1, B))[1 + c*L:][:L] if pooled else [gradients.get(i) for i in range(L)]
     if any(g is None or g.shape[0] != B or g.shape[-1] != n for g in own): raise NoAttention(
         'LeGrad needs one attention matrix over all tokens in every block (or one in the pooling head), and this model has none')
     return torch.stack([g.relu().mean((1, 2)) for g in own])
 
-def _ask_blocks(s, output, target, of, last, gradients, places, B):
-    "The true score and its classes, and what every block's attention did for the score of that block"
+def _scores(s, output, target, of, last, B, c):
+    "The true score and its classes, and the score of every block"
     score, classes = choose(_images(output, 0, B), target, of, last)
-    L, c = len(s.outputs), len(s.heads) - 1 if 'head' in places else 0
-    each = [choose(_images(output, (1 + c*L + i)*B, B), target if classes is None else classes, of, last)[0] for i in range(L)]
-    pooled = 'head' in places and s.heads[c] is as_it_is
-    torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
-    return score, classes, _positive(gradients, places if pooled else [], L, B, s.inputs[0].shape[1], c)
+    target, L = target if classes is None else classes, len(s.outputs)
+    return score, classes, [choose(_images(output, (1 + c*L + i)*B, B), target, of, last)[0] for i in range(L)]
 
 # %% ../nbs/12_attention_maps.ipynb #e0453d90
 @method('legrad', 'Bousselham et al. 2024', r'\sum_i \mathrm{mean}_{h,t}\, \mathrm{ReLU}(\nabla_{A_i} f_i)[t, \cdot]',
@@ -256,7 +255,11 @@ def legrad(
     with torch.inference_mode(False), torch.enable_grad():
         with _SideBySide(plan.stages, HEADS.get(head, [mean_token, as_it_is])) as s, libra(model, rules, Matrices(found, where)):
             output = data.call(model, data.x.clone().requires_grad_())
-        with libra(rules='plain'): score, classes, maps = _ask_blocks(s, output, target, of, data.last(), gradients, places, B)
+        c = len(s.heads) - 1 if 'head' in places else 0
+        with libra(rules='plain'): score, classes, each = _scores(s, output, target, of, data.last(), B, c)
+        pooled = 'head' in places and s.heads[c] is as_it_is
+        torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
+    maps = _positive(gradients, pooled, len(each), B, s.inputs[0].shape[1], c)
     state = plan.state(s.inputs[0].shape, plan.stages[0])
     if state is None: raise NoAttention('LeGrad needs tokens in a row, and in this model their places are not certain')
     q = Question(score.detach(), classes, data.x.detach(), state.grid, state.prefix, rules if isinstance(rules, str) else getattr(rules, 'name', 'custom'))
