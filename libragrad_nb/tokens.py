@@ -245,7 +245,10 @@ class Inputs:
         return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
 
 # %% ../nbs/09_tokens.ipynb #7ade9699
-def read_inputs(model, inputs)->Inputs:
+def read_inputs(
+    model, inputs,
+    scripted=False, # whether a scripted model will do, as it does where no rule has to see inside
+)->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module):
         raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
@@ -258,7 +261,7 @@ def read_inputs(model, inputs)->Inputs:
         'pass a dense tensor with values, e.g. images.to_dense()')
     text = x.ndim in (1, 2) and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     (_check_ids if text else _check_images)(x)
-    _check_model(model, x)
+    _check_model(model, x, scripted)
     if not text: _check_size(model, x)
     return Inputs(x, given, key)
 
@@ -289,10 +292,10 @@ def _check_images(images):
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
 # %% ../nbs/09_tokens.ipynb #ff3532e4
-def _check_model(model, x):
+def _check_model(model, x, scripted=False):
     "Mode, device and dtype of the model against its input"
     parts = list(model.named_modules())
-    if any(isinstance(m, torch.jit.ScriptModule) for _, m in parts): raise TypeError(
+    if not scripted and any(isinstance(m, torch.jit.ScriptModule) for _, m in parts): raise TypeError(
         'the model, or a part of it, is scripted, and the rules cannot see inside: '
         'pass the model as it was before torch.jit.script or trace')
     training = [name for name, m in parts if m.training]
