@@ -9,6 +9,7 @@ pytest.importorskip('captum')
 from libragrad_nb import explain
 from libragrad_nb.black_box import Game
 from libragrad_nb.gradient_maps import methods
+from libragrad_nb.tokens import contrast
 
 F64 = torch.float64
 SAMPLED = dict(shapley_sampling=3, kernel_shap=60, lime=60)
@@ -179,6 +180,12 @@ def test_targets(name, model, x):
     assert torch.allclose(by_function.map, given.map, atol=1e-6) and by_function.target is None
     several = run(model, x, name, [0, 1])
     assert torch.allclose(several[1].map, run(model, x, name, 1).map)
+
+
+def test_contrasts(model, x):
+    one, other = torch.tensor([3, 1, 0]), 2
+    a, b, c = (run(model, x, 'shapley_sampling', t) for t in (contrast(one, other), one, other))
+    assert torch.allclose(a.map, b.map - c.map, atol=1e-6)
 
 
 def test_probability(model, x):
