@@ -24,10 +24,12 @@ from .trace import Question
 def players(model, x, patches=None):
     "Rows and columns of the patches that can be covered"
     grid = layout(model, x).grid if patches is None else patches
-    if grid is None: raise ValueError('this model does not announce a grid of patches: say which parts of the images to cover, '
-                                      'e.g. patches=(8, 8) for 8 rows of 8')
-    whole = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) for n in grid)
-    if not whole or math.prod(grid) < 2 or not all(0 < n <= side for n, side in zip(grid, x.shape[-2:])): raise ValueError(
+    if grid is None: raise NotImplementedError(
+        'this model does not announce a grid of patches: say which parts of the images to cover, '
+        'e.g. patches=(8, 8) for 8 rows of 8, or use method="pixel_x_gradient"')
+    pair = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(n, int) for n in grid)
+    fits = pair and all(0 < n <= side for n, side in zip(grid, x.shape[-2:]))
+    if not fits or math.prod(grid) < 2: raise ValueError(
         f'patches must be (rows, columns), at least two patches of at least one pixel, not {grid!r}')
     return tuple(grid)
 
@@ -52,8 +54,7 @@ def paint(
 class Game:
     "The scores of images of which only some patches are shown; the patches are the players (Shapley 1953)"
     def __init__(self, model, images, target=None, of='logit', patches=None, baseline=0., batch_size=64):
-        self.model, self.data, self.of = model, read_inputs(model, images, scripted=True), of
-        _check(self.data, batch_size)
+        self.model, self.of, self.data = model, of, _check(read_inputs(model, images, scripted=True), batch_size)
         self.grid, self.baseline = players(model, self.data.x, patches), cover(baseline, self.data.x)
         self.score, self.target = self.ask(self.data.x, target)
         self.f = target if callable(target) else None # sees all images at a time, in their order
@@ -63,10 +64,11 @@ class Game:
     @torch.no_grad()
     def ask(self, x, target):
         score, classes = choose(self.data.call(self.model, x), target, self.of)
-        if len(score) != len(x): raise ValueError(f'the target function returned {len(score)} scores for {len(x)} images')
+        if len(score) != len(x): raise ValueError(
+            f'the target function returned {len(score)} scores for {len(x)} images')
         return score.to(torch.promote_types(score.dtype, torch.float32)), classes
 
-    def __call__(self, shown, step=lambda n: None): # [k, rows, cols], 1 where a patch is shown and 0 where it is covered
+    def __call__(self, shown, step=lambda n: None): # [k, rows, cols], 1 where a patch is shown
         "Scores [k, B]; `step` hears of every batch"
         keys = _keys(shown)
         new = {key: row for key, row in zip(keys, shown > .5) if key not in self.asked}
@@ -85,6 +87,7 @@ def _check(data, batch_size):
     if data.text: raise NotImplementedError(
         'black-box methods cover patches of images, and this is text: choose a method that reads a trace, such as fullgrad_plus')
     if not isinstance(batch_size, int) or batch_size < 1: raise ValueError(f'batch_size must be 1 or more, not {batch_size!r}')
+    return data
 
 # %% ../nbs/15a_black_box.ipynb #9f519724
 def rounds(
@@ -93,7 +96,8 @@ def rounds(
     questions:int, seed:int, progress:bool, name:str,
 )->list:
     "What `play` finds for each image"
-    with torch.random.fork_rng(devices=[]), tqdm(total=questions, desc=name, disable=not progress or questions < 2) as bar:
+    hidden = not progress or questions < 2
+    with torch.random.fork_rng(devices=[]), tqdm(total=questions, desc=name, disable=hidden) as bar:
         def worth(i, shown): return game(shown, bar.update)[:, i].cpu()
         found = []
         for i in range(len(game.score)):
@@ -102,10 +106,12 @@ def rounds(
         bar.total = bar.n # less where a coalition came up twice
     return found
 
+# %% ../nbs/15a_black_box.ipynb #a2184ae0
 def captum_methods():
     "captum.attr, or a sentence that says where to get it"
     try: from captum import attr
-    except ImportError as e: raise ImportError("black-box methods need captum: pip install 'libragrad_nb[black_box]'") from e
+    except ImportError as e: raise ImportError(
+        "black-box methods need captum: pip install 'libragrad_nb[black_box]'") from e
     return attr
 
 # %% ../nbs/15a_black_box.ipynb #3afcb4c4
@@ -116,7 +122,8 @@ def _result(game, rules, maps, unplaced=None):
     return q, torch.stack([m.flatten() for m in maps]).to(game.score), unplaced.to(game.score)
 
 # %% ../nbs/15a_black_box.ipynb #f4be1ea5
-@method('occlusion', runs=True, rules='plain', paper='Zeiler & Fergus 2014', formula=r'f(N) - f(N \setminus t)')
+@method('occlusion', runs=True, rules='plain', paper='Zeiler & Fergus 2014',
+        formula=r'f(N) - f(N \setminus t)')
 def occlusion(model, images, target, rules, of,
     window:int=1,     # side of the square that covers, in patches
     patches=None,     # (rows, columns); None: the grid of the model
@@ -129,14 +136,17 @@ def occlusion(model, images, target, rules, of,
     if not isinstance(window, int) or not 1 <= window <= min(rows, cols): raise ValueError(
         f'window must be 1 to {min(rows, cols)} patches, not {window!r}')
     captum = captum_methods()
-    def play(f): return captum.Occlusion(f).attribute(torch.ones(1, rows, cols), (window, window), perturbations_per_eval=batch_size)
-    return _result(game, rules, rounds(game, play, (rows - window + 1)*(cols - window + 1), 0, progress, 'occlusion'))
+    def play(f):
+        return captum.Occlusion(f).attribute(torch.ones(1, rows, cols), (window, window), perturbations_per_eval=batch_size)
+    places = (rows - window + 1)*(cols - window + 1)
+    return _result(game, rules, rounds(game, play, places, 0, progress, 'occlusion'))
 
 # %% ../nbs/15a_black_box.ipynb #1cf31154
 def _at_least(least, samples):
     if not isinstance(samples, int) or samples < least: raise ValueError(f'samples must be {least} or more, not {samples!r}')
 
-@method('shapley_sampling', runs=True, rules='plain', paper='Castro et al. 2009', formula=r'\mathbb{E}_\pi[f(S_t^\pi \cup t) - f(S_t^\pi)]')
+@method('shapley_sampling', runs=True, rules='plain', paper='Castro et al. 2009',
+        formula=r'\mathbb{E}_\pi[f(S_t^\pi \cup t) - f(S_t^\pi)]')
 def shapley_sampling(model, images, target, rules, of,
     samples:int=10, # orders of all patches
     patches=None, baseline=0., batch_size:int=64, seed:int=0, progress:bool=True): # see `occlusion`

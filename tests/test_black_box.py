@@ -260,13 +260,17 @@ def test_captum_is_not_imported_with_the_package():
 
 
 @pytest.mark.parametrize('options, says', [
-    (dict(patches=None), 'does not announce a grid'), (dict(patches=3), 'rows, columns'), (dict(patches=(3, 13)), 'rows, columns'),
+    (dict(patches=3), 'rows, columns'), (dict(patches=(3, 13)), 'rows, columns'),
     (dict(patches=(1, 1)), 'at least two'), (dict(patches=(3, 0)), 'rows, columns'), (dict(patches=(3., 3)), 'rows, columns'),
     (dict(baseline=torch.zeros(5)), 'the baseline must be'), (dict(baseline='grey'), 'the baseline must be'),
     (dict(batch_size=0), 'batch_size'), (dict(batch_size=2.5), 'batch_size')])
 @pytest.mark.parametrize('name', ['occlusion', 'lime'])
 def test_mistakes(name, options, says, model, x):
     with pytest.raises(ValueError, match=says): run(model, x, name, 1, **options)
+
+
+def test_a_model_without_a_grid(model, x):
+    with pytest.raises(NotImplementedError, match=r'patches=\(8, 8\).*pixel_x_gradient'): run(model, x, 'occlusion', 1, patches=None)
 
 
 def test_mistakes_of_one_method(model, x):
