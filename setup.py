@@ -29,6 +29,6 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
                    f"Intended Audience :: {cfg['audience']}", 'Programming Language :: Python :: 3 :: Only'],
       long_description=long_description(), long_description_content_type='text/markdown',
       python_requires=f">={cfg['min_python']}", install_requires=words('requirements'),
-      extras_require={'dev': words('dev_requirements')},
+      extras_require={k.removesuffix('_requirements'): words(k) for k in cfg if k.endswith('_requirements')},
       packages=find_packages(include=[lib, f'{lib}.*']), include_package_data=False, package_data={lib: words('package_data')},
       entry_points={'console_scripts': words('console_scripts'), 'nbdev': [f'{lib}={lib}._modidx:d']})

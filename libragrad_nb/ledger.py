@@ -162,16 +162,25 @@ def _in_place(op, args, kwargs):
     return re.fullmatch(r'__i(?!nit)[a-z]+__|__setitem__|[a-z]\w*[a-z0-9]_', op.__name__) is not None
 
 # %% ../nbs/06_ledger.ipynb #aa5fde2b
-class _Overwriting(_Foreign):
-    "Runs operations that change their first argument"
+class _Gates(_Foreign):
+    "What happens to tensors on their way into an operation and out of it"
     def tap(self, tree, row):
         def tapped(t): return _Edge.apply(t, self, self.givers(t), row) if isinstance(t, torch.Tensor) and _flows(t) else t
         return tree_map(tapped, tree)
 
+    def alarm(self, outs, row):
+        "Remember which row brought the first NaN and the first infinity"
+        for t in outs if self.careful else ():
+            for kind, test in dict(infinity=torch.isinf, NaN=torch.isnan).items():
+                if kind not in self.broken and test(t).any(): self.broken[kind] = row
+
+# %% ../nbs/06_ledger.ipynb #a0c75db2
+class _Overwriting(_Gates):
+    "Runs operations that change their first argument"
     def overwrite(self, op, args, kwargs, row):
         x = args[0] if args else kwargs['input']
         base = x if x._base is None else x._base
-        if base not in self.sources and x in self.sources: self.made(base, self.sources[x][0]) # some operations return a view of what they made
+        if base not in self.sources and x in self.sources: self.made(base, self.sources[x][0]) # some return a view of what they made
         copy = self.tap(base, row).clone()
         there = copy if base is x else copy.as_strided(x.shape, x.stride(), x.storage_offset() - base.storage_offset())
         tapped, kw = tree_map(lambda t: there if t is x else self.tap(t, row), (args, kwargs))
@@ -189,7 +198,7 @@ class _Overwriting(_Foreign):
         if known: self.sources[base][0].row = row
         else: self.made(base, _Source(row))
         if x is not base and x not in self.sources: self.made(x, self.sources[base][0])
-        if self.careful: self.alarm([x], row)
+        self.alarm([x], row)
 
 # %% ../nbs/06_ledger.ipynb #5c414d47
 class Book(_Overwriting):
@@ -207,17 +216,11 @@ class Book(_Overwriting):
         return out
 
     def sign(self, outs, inputs, row):
-        if self.careful: self.alarm(outs, row)
+        self.alarm(outs, row)
         for t in outs:
             row.shape, (a, _) = tuple(t.shape), inputs.get(_memory(t), (None, None))
             source, views = (_Source(row), ()) if a is None else (self.sources[a][0], (row, *self.sources[a][1]))
             self.made(t, source, views)
-
-    def alarm(self, outs, row):
-        "Remember which row brought the first NaN and the first infinity"
-        for t in outs:
-            for kind, test in dict(infinity=torch.isinf, NaN=torch.isnan).items():
-                if kind not in self.broken and test(t).any(): self.broken[kind] = row
 
 # %% ../nbs/06_ledger.ipynb #786373f2
 def _looks(op):
@@ -295,7 +298,8 @@ def _pick(output, target):
     classes = output.argmax(-1) if target is None else torch.as_tensor(target, device=output.device)
     if classes.dtype not in (torch.int64, torch.int32) or classes.ndim and classes.shape != output.shape[:1] or not (
         0 <= classes.min() and classes.max() < output.shape[1]): raise ValueError(
-        f'target {target!r} is no class: pass None, an integer from 0 to {output.shape[1]-1}, one for each of {len(output)} inputs, or a function')
+        f'target {target!r} is no class: pass None, an integer from 0 to {output.shape[1]-1}, '
+        f'one for each of {len(output)} inputs, or a function')
     return output.gather(1, classes.long().expand(len(output))[:, None])[:, 0]
 
 # %% ../nbs/06_ledger.ipynb #2da1b8c8
@@ -304,9 +308,10 @@ def _booked(rules, watch):
     kept = {key: h for key, h in rules.items() if getattr(h, 'family', '') != 'unbalanced'}
     return {key: watch.as_operation(h) if isinstance(key, (type, str)) else h for key, h in kept.items()}
 
-def _both_ways(model, leaf, target, parts, book, watch, tally):
+def _both_ways(model, leaf, source, target, parts, book, watch, tally):
     "Forward and backward; returns the score and the gradient at the input"
     inside = leaf.clone() # so that a model may overwrite its input
+    book.made(inside, source)
     with _calls(parts, book), libra(parts, watch.rules, tally), watch: output = model(inside)
     with libra(rules='plain', tally=tally), watch: score = _pick(output, target)
     if not depends(score): raise ValueError(
@@ -320,15 +325,14 @@ def _keep_books(model, x, target, rules, parts, careful):
     "Returns the book, the ledger, and what the input received by autograd's own account"
     book, leaf, source = Book(_paths(parts), careful), x.detach().clone().requires_grad_(), _Source(Row('input', '', '', ''))
     watch, tally = _Watch(book, {}), _RowTally(book)
-    watch.rules = _booked(rules, watch)
-    def start(x):
-        book.made(x, source)
-        return model(x)
+    watch.rules = _booked(rule_set(rules), watch)
     try:
-        with torch.inference_mode(False), torch.enable_grad(): score, g = _both_ways(start, leaf, target, parts, book, watch, tally)
+        with torch.inference_mode(False), torch.enable_grad():
+            score, g = _both_ways(model, leaf, source, target, parts, book, watch, tally)
     finally: book.opaque, book.nodes, book.followed = bool(book.opaque), {}, set() # they hold the graph, and the graph holds the book
     for r in book.rows: r.inflow, r.outflow, r.constants = float(r.inflow), float(r.outflow), float(r.constants)
-    sheet = Ledger(book.rows, score, float(source.row.outflow), float(tally.total), x.dtype, '')
+    name = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
+    sheet = Ledger(book.rows, score, float(source.row.outflow), float(tally.total), x.dtype, name)
     return book, sheet, _dot(g, leaf.detach(), careful).item()
 
 # %% ../nbs/06_ledger.ipynb #e33ee736
@@ -367,23 +371,27 @@ def ledger(
     parts=None,     # the module whose parts give the rows their names, where `model` is a function
 )->Ledger:
     "What flowed into and out of every operation, and what went missing there"
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError('the ledger starts at a tensor of floating-point numbers: '
-        'for token ids or a dictionary, f, x = libragrad_nb.trace.as_function(model, inputs) and ledger(f, x, parts=model)')
-    if not len(x): raise ValueError('the batch is empty')
-    table, model = rule_set(rules), getattr(model, '_orig_mod', model) # what torch.compile was given
-    if not hasattr(table, 'items'): raise TypeError(f'rules must be a name or a dictionary of rules, not {rules!r}')
-    parts = model if parts is None else parts
+    _check(x, rules)
+    model = getattr(model, '_orig_mod', model) # what torch.compile was given
+    run = partial(_keep_books, model, x, target, rules, model if parts is None else parts)
     try:
-        book, sheet, received = _keep_books(model, x, target, table, parts, careful=False)
+        book, sheet, received = run(careful=False)
         if book.opaque or not np.isfinite(sum(r.residual for r in sheet.rows) + received + sheet.score):
-            book, sheet, received = _keep_books(model, x, target, table, parts, careful=True)
+            book, sheet, received = run(careful=True)
     except RuntimeError as e:
         if 'checkpoint' not in str(e): raise
         raise ValueError('the model recomputes its blocks in the backward pass, where the rules are off: '
                          'turn that off, e.g. with model.set_grad_checkpointing(False)') from e
-    sheet.rules = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
     _audit(book, sheet, received)
     return sheet
+
+# %% ../nbs/06_ledger.ipynb #76e50543
+def _check(x, rules):
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError(
+        'the ledger starts at a tensor of floating-point numbers: for token ids or a dictionary, '
+        'f, x = libragrad_nb.trace.as_function(model, inputs) and ledger(f, x, parts=model)')
+    if not len(x): raise ValueError('the batch is empty')
+    if not hasattr(rule_set(rules), 'items'): raise TypeError(f'rules must be a name or a dictionary of rules, not {rules!r}')
 
 # %% ../nbs/06_ledger.ipynb #2ac8eea5
 def _audit(book, sheet, received):
@@ -421,7 +429,8 @@ def _by(sheet, what):
 
 # %% ../nbs/06_ledger.ipynb #872104d1
 def _summary(sheet):
-    leaks = [f'{name} {amount:+.3g}' for name, amount in sheet.by('operation').residual[:3].items() if abs(amount) > sheet.tolerance*sheet.size]
+    worst = sheet.by('operation').residual[:3]
+    leaks = [f'{name} {amount:+.3g}' for name, amount in worst.items() if abs(amount) > sheet.tolerance*sheet.size]
     return (f'Ledger({sheet.rules}: {len(sheet.rows)} operations, score {sheet.score:.4f} = input {sheet.attribution:.4f} + constants '
             f'{sheet.constants:.4f} + without an owner {sheet.completeness_error:.4g}; leaks: {", ".join(leaks) or "none"})')
 
@@ -481,8 +490,9 @@ def _draw_blocks(ax, sheet):
 
 # %% ../nbs/06_ledger.ipynb #5cfe1557
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul
-    float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean det inv inverse pinv matrix_exp matrix_power solve
-    cosine_embedding_loss cross_entropy gumbel_softmax lstm gru rnn_tanh lstm_cell gru_cell rnn_tanh_cell remainder'''.split()
+    float_power log1p asin asinh atanh atan2 hypot lgamma digamma erfinv cosh cos cos_ acos var_mean
+    det inv inverse pinv matrix_exp matrix_power solve cosine_embedding_loss cross_entropy gumbel_softmax
+    lstm gru rnn_tanh lstm_cell gru_cell rnn_tanh_cell remainder'''.split()
 _unbalanced = {getattr(o, n) for o in (torch, Tensor, F, torch.special, torch.linalg) for n in _names if hasattr(o, n)}
 
 def _warn_once(mode, name, g):
@@ -508,7 +518,9 @@ def unknown(
     def weigh(t):
         v = torch.rand(t.shape[1:], generator=torch.Generator().manual_seed(0)).to(t)
         return (t*(v + .5)).reshape(len(t), -1).sum(1)
-    def mixture(output): return sum(weigh(t) for t in _tensors(dict(output) if isinstance(output, dict) else output) if depends(t) and t.ndim)
+    def mixture(output):
+        found = _tensors(dict(output) if isinstance(output, dict) else output)
+        return sum(weigh(t) for t in found if depends(t) and t.ndim)
     leaks = ledger(model, x, mixture, rules).leaks()
     rows = [dict(operation=r.operation, module=r.module, rule=r.rule, opaque=r.opaque, residual=r.residual) for r in leaks]
     table = pd.DataFrame(rows, columns=['operation', 'module', 'rule', 'opaque', 'residual'])

@@ -240,6 +240,7 @@ def versions()->dict:
         except metadata.PackageNotFoundError: return None
     return dict(python='.'.join(map(str, sys.version_info[:3]))) | {p: of(p) for p in ('torch', 'timm', 'transformers')}
 
+# %% ../nbs/22_support.ipynb #6cd08405
 def save(rows, path):
     "Write the rows, a line each, timm before transformers; a reader never sees half a file"
     rows = sorted(rows.values(), key=lambda r: (not r['name'].islower(), r['name']))
@@ -247,6 +248,7 @@ def save(rows, path):
     part.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     os.replace(part, path)
 
+# %% ../nbs/22_support.ipynb #0189bd33
 def sweep(
     names,
     path,         # file of rows, a JSON object a line

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid', 'Inputs', 'read_inputs', 'check_images',
-           'choose']
+           'choose', 'contrast']
 
 # %% ../nbs/09_tokens.ipynb #14aff253
 import copy, math
@@ -26,13 +26,17 @@ def members(m):
 # %% ../nbs/09_tokens.ipynb #ad033d28
 def _owner(model):
     "The model inside a wrapper: the first module that lists features, or else the model"
-    return next((m for m in model.modules() if hasattr(m, 'feature_info')), model)
+    def lists(m): return hasattr(m, 'feature_info') and not hasattr(m, '_orig_mod') # torch.compile's wrapper passes on what it is asked
+    return next(filter(lists, model.modules()), model)
+
+def _features(model):
+    "The model's feature list"
+    info = getattr(model, 'feature_info', None)
+    return info if isinstance(info, (list, tuple)) else getattr(info, 'info', [])
 
 def _stages(model):
     "Names of the modules in the model's feature list, and of all that stand beside them in a list of modules"
-    info = getattr(model, 'feature_info', None)
-    info = info if isinstance(info, (list, tuple)) else getattr(info, 'info', [])
-    try: found = {name: model.get_submodule(name) for name in [f['module'] for f in info]}
+    try: found = {name: model.get_submodule(name) for name in [f['module'] for f in _features(model)]}
     except (AttributeError, KeyError, TypeError): return []  # some models list features that are no modules of theirs
     names = []
     for name, m in found.items():
@@ -109,19 +113,21 @@ class Layout:
             raise NotImplementedError('this model has no patch embedding that announces a grid of patches')
         return math.prod(self.grid)
 
-    def count_prefix(self, shape):
-        "Prefix tokens in a token state of that shape [B, N, C]"
-        n = shape[1] - self.patches if len(shape) == 3 else -1
-        if n not in (0, self.prefix) and not (self.prefix is None and n > 0): raise NotImplementedError(
-            f'block inputs are {list(shape)}, and a grid of {self.grid[0]}x{self.grid[1]} patches behind '
-            f'{self.prefix} prefix tokens was expected: '
-            'this model does not keep its tokens as [batch, tokens, channels]')
-        return n
-
+    def count_prefix(self, shape): return _count_prefix(self, shape)
     def state(self, shape, module=None, i=0):
         "The `State` of a tensor of that shape in front of block `i`, or None where that is not certain"
         if len(shape) == 3: return _row(self, shape, i)
         if len(shape) == 4 and self.image: return _picture(self, shape, module)
+
+# %% ../nbs/09_tokens.ipynb #17b0849b
+def _count_prefix(plan, shape):
+    "Prefix tokens in a token state of that shape [B, N, C]"
+    n = shape[1] - plan.patches if len(shape) == 3 else -1
+    if n not in (0, plan.prefix) and not (plan.prefix is None and n > 0): raise NotImplementedError(
+        f'block inputs are {list(shape)}, and a grid of {plan.grid[0]}x{plan.grid[1]} patches behind '
+        f'{plan.prefix} prefix tokens was expected: '
+        'this model does not keep its tokens as [batch, tokens, channels]')
+    return n
 
 # %% ../nbs/09_tokens.ipynb #76ef0d05
 def _row(plan, shape, i):
@@ -173,9 +179,7 @@ def _embedded_grid(model, images):
 
 def _grids(model, grid, size):
     "All grids that the model may have"
-    info = getattr(_owner(model), 'feature_info', None)
-    info = info if isinstance(info, (list, tuple)) else getattr(info, 'info', [])
-    steps = sorted({f['reduction'] for f in info if isinstance(f, dict) and 'reduction' in f})
+    steps = sorted({f['reduction'] for f in _features(_owner(model)) if isinstance(f, dict) and 'reduction' in f})
     coarse = [tuple(f(s, r) for s in size) for r in steps for f in (lambda s, r: s//r, lambda s, r: -(-s//r))]
     return tuple(dict.fromkeys(([grid] if grid else []) + [g for g in coarse if min(g) > 0]))
 
@@ -233,6 +237,7 @@ class Inputs:
 
     def call(self, model, x):
         "Run `model` with `x` in the place of what is explained"
+        model = getattr(model, '_orig_mod', model) # what torch.compile was given: compiled code does not notice new hooks
         if self.key is None: return model(x)
         own = {k: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in self.given.items()}  # caches are written to
         return model(**{**own, self.key: x})
@@ -245,7 +250,10 @@ class Inputs:
         return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
 
 # %% ../nbs/09_tokens.ipynb #7ade9699
-def read_inputs(model, inputs)->Inputs:
+def read_inputs(
+    model, inputs,
+    scripted=False, # whether a scripted model will do, as it does where no rule has to see inside
+)->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
     if not isinstance(model, nn.Module):
         raise TypeError(f'the model must be a torch nn.Module, not {type(model).__name__}')
@@ -258,7 +266,7 @@ def read_inputs(model, inputs)->Inputs:
         'pass a dense tensor with values, e.g. images.to_dense()')
     text = x.ndim in (1, 2) and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     (_check_ids if text else _check_images)(x)
-    _check_model(model, x)
+    _check_model(model, x, scripted)
     if not text: _check_size(model, x)
     return Inputs(x, given, key)
 
@@ -289,10 +297,10 @@ def _check_images(images):
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
 # %% ../nbs/09_tokens.ipynb #ff3532e4
-def _check_model(model, x):
+def _check_model(model, x, scripted=False):
     "Mode, device and dtype of the model against its input"
     parts = list(model.named_modules())
-    if any(isinstance(m, torch.jit.ScriptModule) for _, m in parts): raise TypeError(
+    if not scripted and any(isinstance(m, torch.jit.ScriptModule) for _, m in parts): raise TypeError(
         'the model, or a part of it, is scripted, and the rules cannot see inside: '
         'pass the model as it was before torch.jit.script or trace')
     training = [name for name, m in parts if m.training]
@@ -355,6 +363,7 @@ def _logits(output, last):
     raise ValueError(f'the model did not return [B, classes], its output has {there}: '
                      'pass a function as target that makes one score an image of its output')
 
+# %% ../nbs/09_tokens.ipynb #fd54cbee
 def _classes(output, target):
     "Target classes [B], checked"
     if target is None: return output.argmax(-1)
@@ -370,3 +379,13 @@ def _classes(output, target):
     if t.min() < 0 or t.max() >= output.shape[1]: raise ValueError(
         f'target {t.unique().tolist()} is out of range: the model has classes 0 to {output.shape[1]-1}')
     return t.long()
+
+# %% ../nbs/09_tokens.ipynb #5e56bf67
+def contrast(
+    a, # the class: an integer, or one for each image [B]
+    b, # the class that it might have been
+):     # a function of the output, to be given as `target`
+    "Why `a` rather than `b`: the score of class `a` minus that of class `b`"
+    if a is None or b is None: raise TypeError('contrast needs two classes, integers or one for each image')
+    def target(output): return choose(output, a)[0] - choose(output, b)[0]
+    return target
