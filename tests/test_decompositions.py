@@ -1,9 +1,12 @@
 "Forward decompositions against the gradient, against formulas written out with plain matrices, and what they refuse"
+from functools import partial
 from pathlib import Path
 
 import pytest, timm, torch, torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.layers import GluMlp
 from timm.models import VisionTransformer
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 import libragrad_nb.presets
@@ -13,6 +16,7 @@ from libragrad_nb.gradient_maps import methods
 
 GOLDEN = load_file(Path(__file__).parent/'golden'/'vit_official.safetensors')
 IMAGE, LABEL = GOLDEN['image'].double(), GOLDEN['label']
+MIXER = dict(img_size=64, num_blocks=2, embed_dim=32)
 VIT = dict(depth=2, embed_dim=32, num_heads=2)
 FAMILIES = { # name: (arguments, image size)
     'registers and LayerScale': ('vit_small_patch14_reg4_dinov2', dict(VIT, img_size=(56, 84)), (56, 84)),
@@ -25,8 +29,8 @@ FAMILIES = { # name: (arguments, image size)
     'average pooling': ('vit_base_patch16_siglip_gap_224', dict(VIT, img_size=64), (64, 64)),
     'beit: relative positions': ('beitv2_base_patch16_224', dict(VIT, img_size=64), (64, 64)),
     'cait: talking heads, class attention': ('cait_xxs24_224', dict(VIT, img_size=64), (64, 64)),
-    'mixer': ('mixer_s32_224', dict(img_size=128, num_blocks=2, embed_dim=32), (128, 128)),
-    'gmixer': ('gmixer_24_224', dict(img_size=64, num_blocks=2, embed_dim=32), (64, 64)),
+    'mixer': (MlpMixer, dict(MIXER), (64, 64)),
+    'gmixer': (MlpMixer, dict(MIXER, mlp_ratio=(1., 4.), mlp_layer=GluMlp, act_layer=nn.SiLU), (64, 64)),
     'windows': ('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=4, embed_dim=24, depths=(1, 1, 1, 1)), (32, 32)),
 }
 
@@ -35,7 +39,8 @@ def build(name):
     "The model in float64 with random constants, and two images"
     name, kwargs, size = FAMILIES[name]
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **kwargs).eval().double()
+    make = name if callable(name) else partial(timm.create_model, name)
+    model = make(num_classes=5, **kwargs).eval().double()
     for key, p in model.named_parameters():
         if p.ndim < 2 or 'token' in key or 'pos_embed' in key or key.startswith('head'): p.data += .1*torch.randn_like(p)
     return model, torch.randn(2, 3, *size).double()
@@ -132,7 +137,7 @@ def test_batches_change_nothing(method):
 def test_float32_and_bfloat16():
     model, images = build('deit3')
     full = explain(model, images, 1, 'decompx', progress=False)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, .1)):
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, .05)): # LayerScale is 1e-6 here: taking biases away again would cost all digits
         low = explain(model.to(dtype), images.to(dtype), 1, 'decompx', progress=False)
         assert low.map.dtype == torch.float32
         assert (low.map - full.map).norm() < bound*full.map.norm()
@@ -194,8 +199,6 @@ def test_globenc(by_hand):
     torch.testing.assert_close(ours(row=3), expected[:, 3], rtol=1e-10, atol=0)
     torch.testing.assert_close(ours(row='mean'), expected[:, 1:].mean(1), rtol=1e-10, atol=0)
     torch.testing.assert_close(ours(combine='sum', normalise=False), sum(lengths)[:, 0], rtol=1e-10, atol=0)
-    raw = lengths[0]
-    for m in lengths[1:]: raw = (m + torch.eye(17).double())/2@raw if m is not lengths[0] else raw
     raw = torch.eye(17).double()
     for m in lengths: raw = (m + torch.eye(17).double())/2@raw
     torch.testing.assert_close(ours(keep=.5, normalise=False), raw[:, 0], rtol=1e-10, atol=0)
@@ -228,10 +231,13 @@ class Block(nn.Module):
     "A block with an operation that nobody knows, or that works in place"
     def __init__(self, how): super().__init__(); self.norm, self.mix, self.how = nn.LayerNorm(8), nn.Linear(8, 8), how
     def forward(self, x):
+        if self.how == 'in place': x += .5
         y = self.mix(self.norm(x))
         if self.how == 'tan': return x + y.tan()
-        if self.how == 'in place': y += x; return y
-        if self.how == 'written later': z = y*1; out = x + F.gelu(z)*z; z.mul_(2); return out
+        if self.how == 'in place': z = F.gelu(y)*1; z += x; z.mul_(.5).add_(x, alpha=.1); z -= 1; return z
+        if self.how == 'buffer': z = torch.ones_like(x); z += y; return x + F.gelu(z)
+        if self.how == 'setitem': y = y.clone(); y[:, 0] = x[:, 0]; return x + y
+        if self.how == 'view written': z = y*1; out = x + z; z.view(-1).mul_(2); return out
         return x + F.gelu(y)
 
 
@@ -246,16 +252,17 @@ class Tiny(nn.Module):
 def tiny(how): return Tiny(how).double().eval(), torch.randn(1, 3, 8, 8).double()
 
 
-@pytest.mark.parametrize('how, message', [('tan', 'no rule says how parts go through tan'), ('in place', '__iadd__ works in place'),
-                                          ('written later', 'overwritten later')])
+@pytest.mark.parametrize('how, message', [('tan', 'no rule says how parts go through tan'), ('setitem', 'what .* works on is overwritten'),
+                                          ('view written', 'what .* works on is overwritten')])
 def test_unknown_operations(how, message):
     model, images = tiny(how)
     with pytest.raises(NotImplementedError, match=message): explain(model, images, 0, 'decompx', progress=False)
 
 
-def test_own_models():
-    model, images = tiny('plain')
-    same(model, images, 0)
+@pytest.mark.parametrize('how', ['plain', 'in place', 'buffer'])
+def test_own_models(how):
+    model, images = tiny(how)
+    for block in (0, 1): same(model, images, 0, block)
     with pytest.raises(NotImplementedError, match='block 0 is not built as'): explain(model, images, 0, 'globenc')
 
 
@@ -264,10 +271,10 @@ def test_wrong_rules():
     before = PASSES.copy()
     try:
         @passes(F.gelu)
-        def half(call, places): return lambda part: [part/2]
+        def half(call, places): return lambda part: [part/2], []
         with pytest.raises(RuntimeError, match='the rule for gelu gives another output'): explain(model, images, 0, 'decompx', progress=False)
         @passes(F.gelu)
-        def itself(call, places): return lambda part: call({places[0]: part})
+        def itself(call, places): return lambda part: call({places[0]: part}), []
         with pytest.raises(RuntimeError, match='do not add up'): explain(model, images, 0, 'decompx', progress=False)
     finally: PASSES.update(before)
     same(model, images, 0)
