@@ -174,6 +174,19 @@ def _attention(op, query, key, value, *args, **kwargs):
         return matrix @ (part if groups == 1 else part.repeat_interleave(groups, -3))
     return linear, None
 
+# %% ../nbs/14_decompositions.ipynb #1f081892
+@passes_by([F.multi_head_attention_forward], at=(2, 'value'))
+def _multi_head(op, query, key, value, dim, heads, weight, bias, bias_k, bias_v, zero, dropout, out_weight, *args, **kwargs):
+    if bias_k is not None or zero or value.ndim == 2 or kwargs.get('static_v') is not None: raise NotImplementedError(
+        'no rule for MultiheadAttention with bias_k, add_zero_attn, static_v or without a batch')
+    rest = dim, heads, weight, bias, bias_k, bias_v, zero, dropout, out_weight, *args
+    _, matrix = op(query, key, value, *rest, **{**kwargs, 'need_weights': True, 'average_attn_weights': False})
+    into = kwargs['v_proj_weight'] if kwargs.get('use_separate_proj_weight') else weight[2*dim:]
+    def linear(part):
+        values = F.linear(part, into).unflatten(-1, (heads, -1))
+        return F.linear(torch.einsum('bhnm,mbhd->nbhd', matrix, values).flatten(2), out_weight)
+    return linear, op(query, key, torch.zeros_like(value), *rest, **kwargs)[0]
+
 # %% ../nbs/14_decompositions.ipynb #01e42b11
 _activations = of_torch('gelu silu mish relu hardswish leaky_relu elu selu celu relu6')
 
@@ -277,7 +290,7 @@ def as_step(call, rule, places)->Step:
         f'no rule says how parts go through {call.name}: register one with libragrad_nb.decompositions.passes')
     inputs = [call.flat[k] for k in places]
     step = Step([id(t) for t in inputs], [id(t) for t in call.outs], *rule(call, places))
-    for ours, out in zip(step.whole(*inputs), call.outs, strict=True):
+    for ours, out in zip(step.whole(*inputs), call.outs):
         far, size = (ours - out).abs().max(), out.abs().max()
         if not far <= torch.finfo(out.dtype).eps**.5*size: raise RuntimeError(
             f'the rule for {call.name} gives another output than the operation, by {far:.1e} of {size:.1e}')
@@ -302,7 +315,7 @@ class Way:
         for step in self.steps:
             inputs = [held[k] for k in step.inputs]
             held.update(zip(step.outs, (step.whole if constants else step.many)(*inputs)))
-            for k in step.spent: del held[k]
+            for k in step.spent: held.pop(k, None)
         lead = parts.shape[:parts.ndim - self.start.ndim]
         return [held[id(e)] if id(e) in held else e.new_zeros(*lead, *e.shape) for e in self.ends]
 
@@ -404,7 +417,8 @@ def decomposed(run, i, batch_size, progress):
     tokens = torch.cat([run.score(way(p)) for p in sources(s, batch_size, progress)]).T
     rest = run.score(way(torch.zeros_like(s.h), constants=True))
     lost = (run.score(run.ends) - tokens.sum(-1) - rest).abs()
-    if not (lost <= torch.finfo(lost.dtype).eps**.5*(tokens.abs().sum(-1) + rest.abs())).all(): raise RuntimeError(
+    slack = max(torch.finfo(t).eps for t in (lost.dtype, torch.float32))**.5  # parts of a float64 model may be float32
+    if not (lost <= slack*(tokens.abs().sum(-1) + rest.abs())).all(): raise RuntimeError(
         f'the parts do not add up to the score, they are off by {lost.tolist()}: one of the rules is not affine')
     return on_grid(tokens, s.state, run.q.grid, run.q.prefix).to(run.q.score), rest.to(run.q.score)
 

@@ -149,12 +149,54 @@ def test_inference_mode():
     torch.testing.assert_close(inside.map, explain(model, images, 1, 'decompx', progress=False, activation='taylor').map)
 
 
-def test_text():
+def test_hugging_face():
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    for kind in ('ViT', 'Dinov2'):
+        config = getattr(transformers, f'{kind}Config')(image_size=32, patch_size=16, **{k: v for k, v in small.items() if (kind, k) != ('Dinov2', 'intermediate_size')})
+        vit = getattr(transformers, f'{kind}ForImageClassification')(config).eval().double()
+        same(vit, torch.randn(2, 3, 32, 32).double(), 1)
+        for method in ('globenc', 'alti'): assert explain(vit, torch.randn(1, 3, 32, 32).double(), 1, method, progress=False).map.any()
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=1, **small)
+    llama = transformers.LlamaForCausalLM(config).eval().double()  # shared keys and values, RMSNorm written out, in float32
+    same(llama, torch.randint(5, 50, (2, 6)), 1, bound=1e-6)
+    config = transformers.BertConfig(vocab_size=50, **small)
     bert = transformers.BertForTokenClassification(config).eval().double()
     same(bert, torch.randint(5, 50, (2, 6)), lambda out: out.logits[:, 1, 0])
+
+
+class Encoder(nn.Module):
+    "torch's own transformer layers"
+    def __init__(self, block):
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Conv2d(3, 8, 4, 4), nn.Sequential(block(), block()), nn.Linear(8, 3)
+    def forward(self, x): return self.head(self.blocks(self.embed(x).flatten(2).mT).mean(1))
+
+
+class Named(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, **kwargs)
+    def forward(self, x): y = self.norm(x); return x + self.attn(y, y, y)[0]
+
+
+@pytest.mark.parametrize('block', [partial(nn.TransformerEncoderLayer, 8, 2, 16, batch_first=True, norm_first=True),
+                                   partial(nn.TransformerEncoderLayer, 8, 2, 16, batch_first=True, activation='gelu'),
+                                   partial(Named, batch_first=True), partial(Named, batch_first=True, bias=False)])
+def test_layers_of_torch(block):
+    torch.manual_seed(0)
+    model = Encoder(block).double().eval()
+    for p in model.parameters():
+        if p.ndim < 2: p.data += .1*torch.randn_like(p)
+    same(model, torch.randn(2, 3, 8, 8).double(), 1)
+
+
+def test_multihead_options_are_refused():
+    torch.manual_seed(0)
+    model = Encoder(partial(Named, batch_first=True, add_bias_kv=True)).double().eval()
+    with pytest.raises(NotImplementedError, match='no rule for MultiheadAttention with'):
+        explain(model, torch.randn(1, 3, 8, 8).double(), 1, 'decompx', progress=False)
 
 
 # GlobEnc and ALTI, written out
