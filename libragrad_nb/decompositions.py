@@ -380,7 +380,7 @@ class Run:
 # %% ../nbs/14_decompositions.ipynb #f42d3065
 def chosen(rules, activation):
     "The table of rules that is meant"
-    if rules != 'libra': raise ValueError(
+    if rules != 'libra': raise NotImplementedError(
         f'a forward decomposition brings its rules along, and they are those of libra: leave rules={rules!r} out')
     if activation not in ('secant', 'taylor'): raise ValueError(
         f"unknown activation {activation!r}: choose 'secant' or 'taylor'")

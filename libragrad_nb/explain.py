@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 # %% ../nbs/16_explain.ipynb #884e0a60
+from . import attention_maps, path_maps, decompositions, black_box  # enter their methods
 from .core import rule_set
 from .gradient_maps import find_method, methods
 from .ledger import ledger
@@ -32,7 +33,7 @@ class Attribution:
     score:torch.Tensor              # [B] what is explained
     target:torch.Tensor             # [B] classes, or None for a function
     completeness_error:torch.Tensor # [B] score minus all of the above: what has no owner
-    additive:torch.Tensor           # [B] what all additive constants after the embedding contribute
+    additive:torch.Tensor           # [B] what all additive constants after the embedding contribute; NaN where the method did not ask
     rgb:torch.Tensor                # [B, H, W, 3] the images, in [0, 1]; or token ids [B, N]
     method:str
     rules:str
@@ -45,7 +46,8 @@ class Attribution:
     def __len__(self): return len(self.score)
     def __repr__(self):
         lost = (self.completeness_error/self.score).abs().max()
-        return f'Attribution({self.method}, {self.rules}: {len(self)} maps of {self.map.shape[1]}x{self.map.shape[2]}, at most {lost:.1e} of a score unexplained)'
+        account = 'not in units of the score' if lost.isnan() else f'at most {lost:.1e} of a score unexplained'
+        return f'Attribution({self.method}, {self.rules}: {len(self)} maps of {self.map.shape[1]}x{self.map.shape[2]}, {account})'
 
     @property
     def text(self): return self.rgb.ndim == 2
@@ -117,7 +119,8 @@ def _html(a, most=8):
     def row(i):
         target = '' if a.target is None else a.target[i].item()
         parts = (a.score[i], a.map[i].sum(), a.prefix[i].sum(), a.unplaced[i])
-        return [target, *(f'{p:.3f}' for p in parts), f'{a.completeness_error[i]:.1e}', f'{a.additive_share[i]:.0%}']
+        error, share = a.completeness_error[i], a.additive_share[i]
+        return [target, *(f'{p:.3f}' for p in parts), '' if error.isnan() else f'{error:.1e}', '' if share.isnan() else f'{share:.0%}']
     head = ['target', 'score', 'on the map', 'prefix tokens', 'unplaced', 'completeness error', 'constants']
     line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
     table = line(head, 'th') + ''.join(line(row(i), 'td') for i in range(min(len(a), most)))

@@ -323,7 +323,7 @@ def test_wrong_rules():
 
 
 @pytest.mark.parametrize('method, options, error, message', [
-    ('decompx', dict(rules='plain'), ValueError, 'brings its rules along'),
+    ('decompx', dict(rules='plain'), NotImplementedError, 'brings its rules along'),
     ('decompx', dict(block=7), ValueError, 'there is no block 7: this model has blocks 0 to 3'),
     ('decompx', dict(activation='zo'), ValueError, "choose 'secant' or 'taylor'"),
     ('decompx', dict(batch_size=0), ValueError, 'batch_size must be 1 or more'),
