@@ -7,20 +7,20 @@ __all__ = ['integrations', 'about', 'integrated_gradients', 'integrated_gradient
            'smooth_grad_pixels', 'smooth_grad_norm', 'smooth_grad_norm_pixels', 'right', 'midpoint', 'trapezoid',
            'gauss_legendre', 'sum_of_gradients', 'baseline_state', 'input_x_gradient_on_path', 'shaken']
 
-# %% ../nbs/13_path_maps.ipynb #66938380
+# %% ../nbs/13_path_maps.ipynb #50bdd067
 from itertools import islice
 
-# %% ../nbs/13_path_maps.ipynb #abe694d0
+# %% ../nbs/13_path_maps.ipynb #9385124c
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/13_path_maps.ipynb #d9c80a4f
+# %% ../nbs/13_path_maps.ipynb #395901c5
 from .core import libra
 from .gradient_maps import method
 from .restart import Rest
 
-# %% ../nbs/13_path_maps.ipynb #afb1ca3b
+# %% ../nbs/13_path_maps.ipynb #a7aca025
 def _even(n): return torch.full((n,), 1/n, dtype=torch.float64)
 def right(n): return (torch.arange(n).double() + 1)/n, _even(n)
 def midpoint(n): return (torch.arange(n).double() + .5)/n, _even(n)
@@ -37,7 +37,7 @@ def gauss_legendre(n):
 
 integrations = dict(midpoint=midpoint, gauss_legendre=gauss_legendre, trapezoid=trapezoid, right=right)
 
-# %% ../nbs/13_path_maps.ipynb #dd824390
+# %% ../nbs/13_path_maps.ipynb #cb7c785d
 def sum_of_gradients(
     rest:Rest,
     points,     # iterable of states [B, ...]
@@ -57,7 +57,7 @@ def sum_of_gradients(
             total = total + torch.einsum('k,k...->...', w.to(g), g)
     return total
 
-# %% ../nbs/13_path_maps.ipynb #eacb5f7a
+# %% ../nbs/13_path_maps.ipynb #5df5db19
 def baseline_state(
     rest:Rest,
     images,   # the inputs that `rest` was made from
@@ -76,7 +76,7 @@ def baseline_state(
     except RuntimeError as e: raise ValueError(
         f'the baseline has shape {list(start.shape)} and the states are {list(h.shape)}: pass a number, or a tensor {list(h.shape[1:])}') from e
 
-# %% ../nbs/13_path_maps.ipynb #85b52f42
+# %% ../nbs/13_path_maps.ipynb #fcea3930
 def _path(block):
     "Integrated Gradients at the input of a block, or of the model (None)"
     def integrated_gradients(model, images, target=None, rules='plain', of='logit', *,
@@ -105,7 +105,7 @@ about = dict(paper='Sundararajan et al. 2017', runs=True, rules='plain',
 integrated_gradients = method('integrated_gradients', **about)(_path(0))
 integrated_gradients_pixels = method('integrated_gradients_pixels', pixels=True, **about)(_path(None))
 
-# %% ../nbs/13_path_maps.ipynb #b51d18b1
+# %% ../nbs/13_path_maps.ipynb #39bc81a2
 @method('input_x_gradient_on_path', 'LibraGrad authors\' code for Integrated Gradients', r'\frac1n \sum_{k=1}^n \frac kn x \odot \nabla f(\tfrac kn x)',
         runs=True, rules='plain')
 def input_x_gradient_on_path(model, images, target=None, rules='plain', of='logit', *,
@@ -118,7 +118,7 @@ def input_x_gradient_on_path(model, images, target=None, rules='plain', of='logi
     g = sum_of_gradients(rest, (a*rest.h for a in places), weights*torch.tensor(places, dtype=torch.float64), rules, batch_size, progress, 'steps')
     with torch.no_grad(): return q, rest.tokens(rest.h*g), rest(nothing).to(q.score)
 
-# %% ../nbs/13_path_maps.ipynb #110be442
+# %% ../nbs/13_path_maps.ipynb #a323988b
 def shaken(
     h:torch.Tensor, # [B, ...]
     samples:int, noise:float, seed:int, # see `smooth_grad`
@@ -129,7 +129,7 @@ def shaken(
     sigma = noise*(high - low).view(-1, *[1]*(h.ndim - 1))
     for _ in range(samples): yield h + sigma*torch.randn(h.shape[1:], generator=g).to(h)
 
-# %% ../nbs/13_path_maps.ipynb #2dec8b98
+# %% ../nbs/13_path_maps.ipynb #b14cedf9
 def _smooth(block, norm=False, rules='libra', noise=.02):
     "SmoothGrad at the input of a block, or of the model (None)"
     def smooth_grad(model, images, target=None, rules=rules, of='logit', *,
