@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 # %% ../nbs/16_explain.ipynb #884e0a60
-from . import attention_maps, path_maps, decompositions, black_box  # enter their methods
+from . import attention_maps, path_maps, decompositions, patching, black_box  # enter their methods
 from .core import rule_set
 from .gradient_maps import find_method, methods
 from .ledger import ledger
@@ -217,7 +217,7 @@ def _traces(model, images, targets, rules, of, used, own):
     try: traces = trace(model, images, targets, rules, of, terms)
     except NoAttention as e: raise NoAttention(
         f'{e}: {", ".join(n for n, m in used.items() if m.attention)} cannot be drawn. Without attention there are '
-        f'{", ".join(n for n in methods if not methods[n].attention)}') from e
+        f'{", ".join(n for n, m in methods.items() if not (m.attention or m.runs))}, and all that run the model themselves') from e
     if of == 'logit' and rule_set(rules) and getattr(rule_set(rules), 'complete', True): _warn_incomplete(model, images, targets, rules, traces)
     return traces
 

@@ -82,7 +82,7 @@ def _path(block):
     def integrated_gradients(model, images, target=None, rules='plain', of='logit', *,
         steps:int=50,                # gradients for each image
         baseline=0.,                 # where the path starts, see `baseline_state`
-        integration:str='midpoint',  # a name in `integrations`
+        integration:str='gauss_legendre',  # a name in `integrations`
         batch_size:int=32,           # steps x images that go through the model at once
         progress:bool=True):
         "Mean gradient on the way from a baseline, times the way (Sundararajan et al. 2017)"
