@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'raw_attention', 'attention_gradient', 'attention_x_gradient', 'mean_attention_x_gradient', 'grad_sam',
-           'attn_cam', 'attention_rollout', 'gen_att', 'SUMS', 'NORMS', 'HEADS', 'weights', 'gradient',
-           'weights_x_gradient', 'mean_weights_x_gradient', 'which_row', 'mix', 'Read', 'reads',
-           'weights_x_mean_gradient', 'Rolled', 'rolls', 'att_cat', 'change', 'ResidualSums', 'token_length',
-           'token_tm', 'mean_token', 'as_it_is', 'legrad', 'without_empty']
+           'attn_cam', 'attention_rollout', 'gen_att', 'HEADS', 'weights', 'gradient', 'weights_x_gradient',
+           'mean_weights_x_gradient', 'which_row', 'mix', 'Read', 'reads', 'weights_x_mean_gradient', 'Rolled', 'rolls',
+           'att_cat', 'change', 'ResidualSums', 'token_length', 'token_tm', 'legrad', 'without_empty']
 
 # %% ../nbs/12_attention_maps.ipynb #772a0686
 import threading
@@ -96,7 +95,7 @@ def weights_x_mean_gradient(here:Attended):
     "Weights times the mean gradient of their row, prefix tokens left out"
     return here.weights*here.gradient[..., here.prefix:].mean(-1, keepdim=True)
 
-attn_cam = reads('attn_cam', weights_x_mean_gradient, 'Chefer et al. 2021', r'\mathrm{mean}_h A_i\, \mathrm{mean}_s(\nabla A_i)[\cdot, s]',
+attn_cam = reads('attn_cam', weights_x_mean_gradient, 'Chefer et al. 2021', r'\mathrm{mean}_h \big(A_i\, \mathrm{mean}_s \nabla A_i[\cdot, s]\big)',
                  doc='AttnCAM: Grad-CAM on the attention heads of one block (Chefer et al. 2021, arXiv 2012.09838)')
 
 # %% ../nbs/12_attention_maps.ipynb #7599a175
@@ -140,8 +139,8 @@ def change(E, F):
     kept = torch.cosine_similarity(E, F, dim=-1).softmax(-1)
     return F.norm(dim=-1)/(E.norm(dim=-1) + 1e-8)*kept
 
-SUMS = {torch.add, *(getattr(torch.Tensor, name) for name in ('add', 'add_', '__add__', '__radd__', '__iadd__'))}
-NORMS = {F.layer_norm, getattr(F, 'rms_norm', None)}
+_SUMS = {torch.add, *(getattr(torch.Tensor, name) for name in ('add', 'add_', '__add__', '__radd__', '__iadd__'))}
+_NORMS = {F.layer_norm, getattr(F, 'rms_norm', None)}
 
 class ResidualSums:
     "Notes in the forward pass how each block's residual sums change the tokens"
@@ -149,10 +148,10 @@ class ResidualSums:
     def enter(self, h): self.stream = [h]; self.changes.append([])
 
     def __call__(self, op, args, kwargs):
-        if op not in SUMS | NORMS: return None
+        if op not in _SUMS | _NORMS: return None
         before = next((h for h in self.stream if any(a is h for a in args)), None)
         if before is None: return None
-        if op in NORMS: return self.stream.append  # some models normalise in the stream itself
+        if op in _NORMS: return self.stream.append  # some models normalise in the stream itself
         mine, kept = self.changes[-1], before.detach().clone() if overwrites(op, args, kwargs) else before.detach()
         def note(out):
             self.stream = [out]
@@ -219,9 +218,9 @@ def _images(output, start, n):
     return SimpleNamespace(**{k: cut(v) for k, v in (output.items() if hasattr(output, 'items') else vars(output).items())})
 
 # %% ../nbs/12_attention_maps.ipynb #f149eef4
-def mean_token(h): return h.mean(1, keepdim=True).expand_as(h)
-def as_it_is(h): return h
-HEADS = dict(mean=[mean_token], model=[as_it_is])
+def _mean_token(h): return h.mean(1, keepdim=True).expand_as(h)
+def _as_it_is(h): return h
+HEADS = dict(mean=[_mean_token], model=[_as_it_is])
 
 def _positive(gradients, pooled, L, B, n, c):
     "ReLU of the gradient of every block's attention, or of the head's where it pools: [L, B, n]"
@@ -241,7 +240,8 @@ def _scores(s, output, target, of, last, B, c):
         attention=True, unit='', runs=True)
 def legrad(
     model, images, target=None, rules='libra', of='logit',
-    head:str=None, # what it is shown of a block: the 'mean' of all tokens, as published; the tokens, as the 'model' reads them; None: 'mean', unless it pools by attention
+    head:str=None, # what it is shown of a block: the 'mean' of all tokens, as published, or the tokens, as the 'model' reads them;
+                   # None: 'mean', unless it pools by attention
     last:int=None, # only so many of the last blocks; None: all
 ):
     "LeGrad: every block's gradient of a score of its own (Bousselham et al. 2024, arXiv 2404.03214)"
@@ -253,16 +253,17 @@ def legrad(
     def where(): places.append('head' if s.done else len(s.inputs) - 1); return places[-1]
     def found(where, weights, gradient): gradients[where] = gradient
     with torch.inference_mode(False), torch.enable_grad():
-        with _SideBySide(plan.stages, HEADS.get(head, [mean_token, as_it_is])) as s, libra(model, rules, Matrices(found, where)):
+        with _SideBySide(plan.stages, HEADS.get(head, [_mean_token, _as_it_is])) as s, libra(model, rules, Matrices(found, where)):
             output = data.call(model, data.x.clone().requires_grad_())
         c = len(s.heads) - 1 if 'head' in places else 0
         with libra(rules='plain'): score, classes, each = _scores(s, output, target, of, data.last(), B, c)
-        pooled = 'head' in places and s.heads[c] is as_it_is
+        pooled = 'head' in places and s.heads[c] is _as_it_is
         torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
     maps = _positive(gradients, pooled, len(each), B, s.inputs[0].shape[1], c)
     state = plan.state(s.inputs[0].shape, plan.stages[0])
     if state is None: raise NoAttention('LeGrad needs tokens in a row, and in this model their places are not certain')
-    q = Question(score.detach(), classes, data.x.detach(), state.grid, state.prefix, rules if isinstance(rules, str) else getattr(rules, 'name', 'custom'))
+    name = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
+    q = Question(score.detach(), classes, data.x.detach(), state.grid, state.prefix, name)
     return q, on_grid(maps[-(last or len(maps)):].sum(0), state, state.grid, state.prefix), nothing(q)
 
 # %% ../nbs/12_attention_maps.ipynb #4d993a5d
