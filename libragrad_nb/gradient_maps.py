@@ -132,7 +132,8 @@ def fullgrad(t:Trace, block:int=0):
     return t.input_x_gradient[block] + placed, unplaced
 
 # %% ../nbs/11_gradient_maps.ipynb #4ee1f1c2
-@method('skip_plus_once', 'Mehri et al. 2024', r'\sum_{i \ge \lfloor L/2 \rfloor} a_i + \sum_{j \ge \lfloor L/2 \rfloor} \beta_j', skip=True, constants='once')
+@method('skip_plus_once', 'Mehri et al. 2024', r'\sum_{i \ge \lfloor L/2 \rfloor} a_i + \sum_{j \ge \lfloor L/2 \rfloor} \beta_j',
+        skip=True, constants='once')
 @method('skip_plus', 'Mehri et al. 2024', r'\mathrm{mean}_{i \ge \lfloor L/2 \rfloor} \mathrm{FG}_i', skip=True)
 @method('fullgrad_plus_once', 'Mehri et al. 2025', r'\sum_i a_i + \sum_j \beta_j', constants='once')
 @method('fullgrad_plus', 'Mehri et al. 2025', r'\tfrac{1}{L} \sum_i \mathrm{FG}_i')

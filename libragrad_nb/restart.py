@@ -171,13 +171,14 @@ def _check_sealed(noted, i):
         'make one module of the block and what runs beside it'))
 
 _RECOMPUTED = ('the model recomputes its blocks in the backward pass, when the state that was put in is gone: '
-              'turn that off, e.g. with model.set_grad_checkpointing(False)')
+               'turn that off, e.g. with model.set_grad_checkpointing(False)')
 
 def _check(rest, h):
     if not isinstance(h, torch.Tensor): raise TypeError(f'states must be a torch tensor, not {type(h).__name__}')
     if h.shape[1:] != rest.h.shape[1:] or not len(h) or len(h) % len(rest): raise ValueError(
         f'states are {list(h.shape)}: pass [S*{len(rest)}, {", ".join(map(str, rest.h.shape[1:]))}], one state or more for each of the {len(rest)} images')
-    if rest.block is not None and rest.recomputed[rest.block] and h.requires_grad and torch.is_grad_enabled(): raise ValueError(_RECOMPUTED)
+    backward = h.requires_grad and torch.is_grad_enabled()
+    if backward and rest.block is not None and rest.recomputed[rest.block]: raise ValueError(_RECOMPUTED)
 
 def _same(model, scores, known):
     "Whether scores are the known ones, to rounding"
