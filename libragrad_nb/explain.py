@@ -166,7 +166,8 @@ def attribute(
     m = find_method(method)[0]
     prefix = tokens[:, :0, 0] if m.pixels else tokens[:, :q.prefix]
     grid = tokens if m.pixels else tokens[:, q.prefix:].reshape(len(tokens), *q.grid)
-    if not grid.any(): warnings.warn(f'the {method} map is zero everywhere: the score does not depend on the patches', stacklevel=3)
+    why = ': the score does not depend on the patches' if m.unit else ', so it has nothing to say'
+    if not grid.any(): warnings.warn(f'the {method} map is zero everywhere{why}', stacklevel=4)
     nothing = torch.full_like(q.score, float('nan'))
     error = q.score - tokens.flatten(1).sum(-1) - unplaced if m.unit == 'score' else nothing
     return Attribution(grid, prefix, unplaced, q.score, q.target, error, nothing if additive is None else additive,
