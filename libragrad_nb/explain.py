@@ -156,31 +156,28 @@ def _rgb(model, images):
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
 # %% ../nbs/16_explain.ipynb #827e80ba
-def attribute(
-    model, q:Question,
-    method:str,
-    tokens, unplaced, # [B, N] (or pixels [B, H, W]) and [B]
-    additive=None,    # [B]
-)->Attribution:
-    "What a method found, as an `Attribution`"
+def _attribution(model, q:Question, method, tokens, unplaced, additive=None):
+    "What a method found of a question, tokens [B, N] or pixels [B, H, W], as an `Attribution`"
     m = find_method(method)[0]
     prefix = tokens[:, :0, 0] if m.pixels else tokens[:, :q.prefix]
     grid = tokens if m.pixels else tokens[:, q.prefix:].reshape(len(tokens), *q.grid)
-    if not grid.any(): warnings.warn(f'the {method} map is zero everywhere: the score does not depend on the patches', stacklevel=3)
-    nothing = torch.full_like(q.score, float('nan'))
-    error = q.score - tokens.flatten(1).sum(-1) - unplaced if m.unit == 'score' else nothing
-    return Attribution(grid, prefix, unplaced, q.score, q.target, error, nothing if additive is None else additive,
+    why = ': the score does not depend on the patches' if m.unit else ', so it has nothing to say'
+    if not grid.any(): warnings.warn(f'the {method} map is zero everywhere{why}', stacklevel=4)
+    unknown = torch.full_like(q.score, float('nan'))
+    error = q.score - tokens.flatten(1).sum(-1) - unplaced if m.unit else unknown
+    return Attribution(grid, prefix, unplaced, q.score, q.target, error, unknown if additive is None else additive,
                        _rgb(model, q.images), method, q.rules)
 
-def _from_trace(model, t:Trace, method, options):
-    m = find_method(method)[0]
+def attribute(model, t:Trace, method:str, **options)->Attribution:
+    "The map of one method from a trace"
+    m, at = find_method(method)
     placed, rest = t.constants_from(None if m.pixels else 0)
-    return attribute(model, t, method, *m(t, **options), placed.sum(-1) + rest)
+    return _attribution(model, t, method, *m(t, **{**at, **options}), placed.sum(-1) + rest)
 
 def _by_running(model, images, target, rules, of, method, options):
     m = find_method(method)[0]
     q, tokens, unplaced = m(model, images, target, rules or m.rules, of, **options)
-    return attribute(model, q, method, tokens, unplaced)
+    return _attribution(model, q, method, tokens, unplaced)
 
 # %% ../nbs/16_explain.ipynb #7048eccc
 def explain(
@@ -204,7 +201,7 @@ def explain(
     out = [{} for _ in targets]
     if traced := [n for n in names if n is None or not used[n].runs]:
         for found, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used, own)):
-            found.update({n: _from_trace(model, t, n or _usual(t), own.get(n, {})) for n in traced})
+            found.update({n: attribute(model, t, n or _usual(t), **own.get(n, {})) for n in traced})
     for found, one in zip(out, targets):
         found.update({n: _by_running(model, images, one, rules, of, n, own[n]) for n in names if n not in traced})
     out = [{n: found[n] for n in names} if isinstance(method, (list, tuple)) else found[method] for found in out]

@@ -47,7 +47,7 @@ def test_pixels_agree_with_a_loop_over_the_model(case, rules):
     model, x = case
     f = lambda x: model(x)[:, 1]
     x0 = .1*torch.randn(3, *x.shape[2:], dtype=torch.float64)
-    _, tokens, unplaced = pm.integrated_gradients_pixels(model, x, 1, rules, steps=3, baseline=x0, batch_size=4, **QUIET)
+    _, tokens, unplaced = pm.integrated_gradients_pixels(model, x, 1, rules, steps=3, integration='midpoint', baseline=x0, batch_size=4, **QUIET)
     g = sum(gradient(f, x0 + (k + .5)/3*(x - x0), rules) for k in range(3))/3
     same(tokens, ((x - x0)*g).sum(1))
     with torch.no_grad(): same(unplaced, f(x0[None]).expand(2))
@@ -117,7 +117,7 @@ def test_text():
     for given in (ids, dict(input_ids=ids, attention_mask=mask)):
         f, e = as_function(model, given)
         g = sum(gradient(lambda e: f(e).logits[:, -1, 3], (k + .5)/4*e, 'plain') for k in range(4))/4
-        a = explain(model, given, 3, 'integrated_gradients_pixels', steps=4, **QUIET)
+        a = explain(model, given, 3, 'integrated_gradients_pixels', steps=4, integration='midpoint', **QUIET)
         same(a.map[:, 0], (e*g).sum(-1))
         for name in ('integrated_gradients', 'smooth_grad', 'input_x_gradient_on_path'):
             assert explain(model, given, 3, name, **QUIET).map.shape == (2, 1, 6)
