@@ -17,13 +17,14 @@ from types import SimpleNamespace
 # %% ../nbs/12_attention_maps.ipynb #0cf730f5
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 # %% ../nbs/12_attention_maps.ipynb #448f9012
 from .core import libra
 from .attention_matrix import Matrices
 from .gradient_maps import aliases, method, methods, nothing
 from .tokens import choose, layout, on_grid, read_inputs
-from .trace import Attended, NoAttention, Question, carried, instead, overwrites
+from .trace import Attended, NoAttention, Question, carried, instead, name_of, not_recomputed, overwrites
 
 # %% ../nbs/12_attention_maps.ipynb #20b60de0
 def weights(here:Attended): return here.weights
@@ -165,6 +166,8 @@ class _TokenTM:
     def watcher(self): return ResidualSums()
     def read(self, here, above):
         changes = here.context.changes[here.block]
+        if changes and changes[0].shape != here.row.shape: raise NoAttention(
+            'TokenTM compares all tokens with each other, also padding: explain one text at a time, without padding')
         if len(changes) < 2: raise NoAttention('TokenTM needs two residual sums in each block, after attention and after the MLP, '
                                                f'and block {here.block} has {len(changes)}')
         r = which_row(self.row, here) if above is None else above
@@ -213,9 +216,9 @@ class _SideBySide:
 # %% ../nbs/12_attention_maps.ipynb #39fd174f
 def _images(output, start, n):
     "The part of a model's output that belongs to `n` images from `start` on"
-    def cut(v): return v[start:start+n] if isinstance(v, torch.Tensor) else v
-    if isinstance(output, torch.Tensor): return cut(output)
-    return SimpleNamespace(**{k: cut(v) for k, v in (output.items() if hasattr(output, 'items') else vars(output).items())})
+    def cut(v): return v[start:start+n] if isinstance(v, torch.Tensor) and v.ndim else v
+    if isinstance(output, torch.Tensor) or not any(v is output for v in tree_leaves(output)): return tree_map(cut, output)
+    return SimpleNamespace(**tree_map(cut, dict(output) if hasattr(output, 'items') else vars(output)))
 
 # %% ../nbs/12_attention_maps.ipynb #f149eef4
 def _mean_token(h): return h.mean(1, keepdim=True).expand_as(h)
@@ -251,19 +254,20 @@ def legrad(
     if data.text or not plan.stages: raise NoAttention('LeGrad is for images and models in which blocks are found')
     if last is not None and not 1 <= last <= len(plan.stages): raise ValueError(f'last={last}: the model has {len(plan.stages)} blocks')
     def where(): places.append('head' if s.done else len(s.inputs) - 1); return places[-1]
-    def found(where, weights, gradient): gradients[where] = gradient
+    def found(where, weights, gradient):
+        if where in gradients: raise NoAttention(f'LeGrad needs one attention matrix in every block, and block {where} has more')
+        gradients[where] = gradient
     with torch.inference_mode(False), torch.enable_grad():
         with _SideBySide(plan.stages, HEADS.get(head, [_mean_token, _as_it_is])) as s, libra(model, rules, Matrices(found, where)):
             output = data.call(model, data.x.clone().requires_grad_())
         c = len(s.heads) - 1 if 'head' in places else 0
         with libra(rules='plain'): score, classes, each = _scores(s, output, target, of, data.last(), B, c)
         pooled = 'head' in places and s.heads[c] is _as_it_is
-        torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
+        with not_recomputed(): torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
     maps = _positive(gradients, pooled, len(each), B, s.inputs[0].shape[1], c)
     state = plan.state(s.inputs[0].shape, plan.stages[0])
     if state is None: raise NoAttention('LeGrad needs tokens in a row, and in this model their places are not certain')
-    name = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
-    q = Question(score.detach(), classes, data.x.detach(), state.grid, state.prefix, name)
+    q = Question(score.detach(), classes, data.x.detach(), state.grid, state.prefix, name_of(rules))
     return q, on_grid(maps[-(last or len(maps)):].sum(0), state, state.grid, state.prefix), nothing(q)
 
 # %% ../nbs/12_attention_maps.ipynb #4d993a5d

@@ -7,7 +7,7 @@ __all__ = ['players', 'cover', 'paint', 'Game', 'rounds', 'captum_methods', 'occ
            'lime']
 
 # %% ../nbs/15a_black_box.ipynb #666ea2d2
-import math
+import math, threading
 from functools import partial
 
 # %% ../nbs/15a_black_box.ipynb #1fb43fc1
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/15a_black_box.ipynb #e4a63726
 from .gradient_maps import method
 from .tokens import choose, layout, read_inputs
-from .trace import Question
+from .trace import Question, name_of
 
 # %% ../nbs/15a_black_box.ipynb #0d25feee
 def players(model, x, patches=None):
@@ -90,6 +90,8 @@ def _check(data, batch_size):
     return data
 
 # %% ../nbs/15a_black_box.ipynb #9f519724
+_dice = threading.RLock()  # captum throws torch's own: one thread at a time
+
 def rounds(
     game:Game,
     play,      # of a function that gives one score for each coalition [k, rows, cols]; returns a map
@@ -97,7 +99,7 @@ def rounds(
 )->list:
     "What `play` finds for each image"
     hidden = not progress or questions < 2
-    with torch.random.fork_rng(devices=[]), tqdm(total=questions, desc=name, disable=hidden) as bar:
+    with _dice, torch.random.fork_rng(devices=[]), tqdm(total=questions, desc=name, disable=hidden) as bar:
         def worth(i, shown): return game(shown, bar.update)[:, i].cpu()
         found = []
         for i in range(len(game.score)):
@@ -116,8 +118,7 @@ def captum_methods():
 
 # %% ../nbs/15a_black_box.ipynb #3afcb4c4
 def _result(game, rules, maps, unplaced=None):
-    name = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
-    q = Question(game.score, game.target, game.data.x.detach(), game.grid, 0, name)
+    q = Question(game.score, game.target, game.data.x.detach(), game.grid, 0, name_of(rules))
     unplaced = game(torch.zeros(1, *game.grid))[0] if unplaced is None else torch.stack(unplaced)
     return q, torch.stack([m.flatten() for m in maps]).to(game.score), unplaced.to(game.score)
 

@@ -388,6 +388,7 @@ def _chosen(rules, activation):
 def _weighed(out, target, of, last):
     "The tensors of an output that the score depends on, and its gradient there"
     ends = tensors(out) or tensors(list(vars(out).values()))
+    ends = list({id(e): e for e in ends}.values())  # an output may name a tensor twice
     with torch.enable_grad():
         for e in ends: e.requires_grad_()
         score, _ = choose(out, target, of, last)

@@ -207,6 +207,7 @@ def explain(
     out = [{n: found[n] for n in names} if isinstance(method, (list, tuple)) else found[method] for found in out]
     return out if isinstance(target, list) else out[0]
 
+# %% ../nbs/16_explain.ipynb #c6da1535
 def _usual(t): return 'pixel_x_gradient' if t.grid is None else 'fullgrad_plus'
 
 def _traces(model, images, targets, rules, of, used, own):

@@ -52,14 +52,7 @@ class Method:
         if wrong := set(options) - set(self.options): raise TypeError(
             f'{self.name} has no option {", ".join(sorted(wrong))}: it takes {", ".join(self.options) or "none"}')
         options = {**self.options, **options}
-        if self.runs: return self.f(trace, *question, **options)
-        if trace.grid is None and not self.pixels: raise NotImplementedError(
-            f'{self.name} needs token states that all of the score comes through, and in this model none was found: '
-            'use method="pixel_x_gradient"')
-        if 'block' not in options: return self.f(trace, **options)
-        chosen = which_blocks(options.pop('block'), len(trace.grids))
-        tokens, unplaced = zip(*[self.f(trace, block=i, **options) for i in chosen])
-        return sum(tokens), sum(unplaced)
+        return self.f(trace, *question, **options) if self.runs else _from_trace(self, trace, options)
 
 _COMMON = ('target', 'rules', 'of')
 
@@ -72,6 +65,17 @@ def which_blocks(block, L:int)->list:
         f"block must be a number, 'plus' (all blocks) or 'skip_plus' (the deeper half), not {block!r}")
     if not -L <= block < L: raise ValueError(f'there is no block {block}: this model has blocks 0 to {L-1}, and -1 for the last')
     return [block % L]
+
+# %% ../nbs/11_gradient_maps.ipynb #07f57cc0
+def _from_trace(m, trace, options):
+    "The map of a method, or the sum of its maps at several blocks"
+    if trace.grid is None and not m.pixels: raise NotImplementedError(
+        f'{m.name} needs token states that all of the score comes through, and in this model none was found: '
+        'use method="pixel_x_gradient"')
+    if 'block' not in options: return m.f(trace, **options)
+    chosen = which_blocks(options.pop('block'), len(trace.grids))
+    tokens, unplaced = zip(*[m.f(trace, block=i, **options) for i in chosen])
+    return sum(tokens), sum(unplaced)
 
 # %% ../nbs/11_gradient_maps.ipynb #58c90041
 def method(

@@ -37,6 +37,22 @@ def counted(
     finally: handle.remove()
 
 # %% ../nbs/16a_methods.ipynb #7d0d1a65
+def _drawn(model, images, target, name, rules, options):
+    "The map of one method, or None and why not; and the seconds that it took"
+    quiet = {'progress': False} if 'progress' in find_method(name)[0].options else {}
+    start, found, why = time.perf_counter(), None, ''
+    try: found = explain(model, images, target, name, rules, **{**quiet, **options})
+    except (NotImplementedError, ImportError) as e: why = str(e)
+    return found, why, time.perf_counter() - start
+
+def _once(model, images):
+    "Seconds of one forward pass, warm"
+    with torch.no_grad():
+        model(images)
+        start = time.perf_counter(); model(images)
+    return time.perf_counter() - start
+
+# %% ../nbs/16a_methods.ipynb #5fc235d3
 def overview(
     model,
     images,           # [B, 3, H, W]
@@ -47,23 +63,13 @@ def overview(
     progress:bool=True,
 ):                    # a row for each method; the maps, an `Attribution` by name
     "Draw the map of every method, and measure what it costs and whether it adds up"
-    rows, maps, last = [], {}, (layout(model, images).stages or [model])[-1]
-    start = time.perf_counter()
-    with torch.no_grad(): model(images)
-    once = time.perf_counter() - start
+    rows, maps, last, once = [], {}, (layout(model, images).stages or [model])[-1], _once(model, images)
     for name in tqdm(list(names or methods), disable=not progress, desc='methods'):
-        m, found, why = find_method(name)[0], None, ''
+        m = find_method(name)[0]
         with counted(last, len(images)) as passes, warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            start = time.perf_counter()
-            quiet = {'progress': False} if 'progress' in m.options else {}
-            try: found = explain(model, images, target, name, rules, **{**quiet, **options.get(name, {})})
-            except (NotImplementedError, ImportError) as e: why = str(e)
-            seconds = time.perf_counter() - start
-        rows.append(dict(method=name, paper=m.paper, formula=m.formula, attention=m.attention, unit=m.unit, rules=rules or m.rules,
-                         **(_measured(found, passes, seconds/once) if found else {}), why=why))
-        if found: maps[name] = found
+            found, why, seconds = _drawn(model, images, target, name, rules, options.get(name, {}))
+        row = dict(method=name, paper=m.paper, formula=m.formula, attention=m.attention, unit=m.unit, rules=rules or m.rules, why=why)
+        if found: row |= dict(error=(found.completeness_error/found.score).abs().max().item(), **passes, time=seconds/once)
+        rows.append(row); maps |= {name: found} if found else {}
     return pd.DataFrame(rows).set_index('method'), maps
-
-def _measured(a, passes, times):
-    return dict(error=(a.completeness_error/a.score).abs().max().item(), **passes, time=times)

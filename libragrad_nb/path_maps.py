@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from .core import libra
 from .gradient_maps import method
 from .restart import Rest
+from .trace import not_recomputed
 
 # %% ../nbs/13_path_maps.ipynb #a7aca025
 def _even(n): return torch.full((n,), 1/n, dtype=torch.float64)
@@ -52,7 +53,7 @@ def sum_of_gradients(
         for w in tqdm(weights.split(per), name, disable=not progress or len(weights) <= per):
             h = torch.cat([*islice(points, len(w))]).requires_grad_()
             with libra(rest.model, rules): score = rest(h)
-            g, = torch.autograd.grad(score.sum(), h)
+            with not_recomputed(): g, = torch.autograd.grad(score.sum(), h)
             g = g.to(torch.promote_types(g.dtype, torch.float32)).unflatten(0, (len(w), -1))
             total = total + torch.einsum('k,k...->...', w.to(g), g)
     return total
@@ -127,7 +128,7 @@ def shaken(
     g = torch.Generator().manual_seed(seed)
     low, high = h.flatten(1).aminmax(dim=1)
     sigma = noise*(high - low).view(-1, *[1]*(h.ndim - 1))
-    for _ in range(samples): yield h + sigma*torch.randn(h.shape[1:], generator=g).to(h)
+    for _ in range(samples): yield h + sigma*torch.randn(h.shape[1:], generator=g, dtype=torch.float32).to(h)
 
 # %% ../nbs/13_path_maps.ipynb #b14cedf9
 def _smooth(block, norm=False, rules='libra', noise=.02):

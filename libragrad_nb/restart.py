@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 # %% ../nbs/10a_restart.ipynb #6a385d53
 from .core import libra, swap_backward
 from .tokens import Inputs, choose, layout, on_grid, read_inputs
-from .trace import Question, TokenTally, _check_scores, bottlenecks, carried, instead, prefix_in_front, start
+from .trace import Question, TokenTally, _check_scores, bottlenecks, carried, instead, name_of, prefix_in_front, start
 
 # %% ../nbs/10a_restart.ipynb #a3b512fe
 @contextmanager
@@ -149,9 +149,8 @@ class Rest(_Rerun):
 
     def question(self, rules='plain')->Question:
         "The scores, as a method returns them"
-        name = rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
         score = self.score.to(torch.promote_types(self.score.dtype, torch.float32))
-        return Question(score, self.target, self.data.x.detach(), self.grid, self.prefix, name)
+        return Question(score, self.target, self.data.x.detach(), self.grid, self.prefix, name_of(rules))
 
 # %% ../nbs/10a_restart.ipynb #2eed8378
 def _which(block, L):
