@@ -118,3 +118,20 @@ def test_threads_throw_their_own_dice(method, samples, images):
     for t in threads: t.join()
     for k in (0, 1): same(found[k], alone[k])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_is_no_token():
+    "Terms and readers see a padded text as if it came alone"
+    from transformers import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3)
+    model = BertForSequenceClassification(config).double().eval()
+    ids, mask = torch.randint(1, 30, (2, 7)), torch.ones(2, 7).long()
+    mask[1, 5:] = 0
+    names = [n for n, m in methods.items() if not m.runs and n != 'token_tm']
+    padded = explain(model, dict(input_ids=ids, attention_mask=mask), 1, names)
+    alone = explain(model, dict(input_ids=ids[1:, :5], attention_mask=mask[1:, :5]), 1, names)
+    for n in names:
+        torch.testing.assert_close(padded[n].map[1:, :, :5], alone[n].map, rtol=1e-6, atol=1e-9)
+        assert not padded[n].map[1, :, 5:].any()
+    with pytest.raises(NotImplementedError, match='without padding'): explain(model, dict(input_ids=ids, attention_mask=mask), 1, 'token_tm')
