@@ -251,7 +251,8 @@ def legrad(
     if head is not None and head not in HEADS: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
     data = read_inputs(model, images)
     plan, B, gradients, places = layout(model, data.x), len(data.x), {}, []
-    if data.text or not plan.stages: raise NoAttention('LeGrad is for images and models in which blocks are found')
+    if data.text or not plan.stages: raise NoAttention(
+        'LeGrad is for images, and for models in which blocks are found: use method="pixel_x_gradient"')
     if last is not None and not 1 <= last <= len(plan.stages): raise ValueError(f'last={last}: the model has {len(plan.stages)} blocks')
     def where(): places.append('head' if s.done else len(s.inputs) - 1); return places[-1]
     def found(where, weights, gradient):

@@ -360,7 +360,8 @@ class Run:
         self.table = _chosen(rules, activation)
         t, = trace(model, images, target, 'plain', of)
         if t.grid is None: raise NotImplementedError(
-            'a forward decomposition starts at token states that all of the score comes through, and in this model none was found')
+            'a forward decomposition starts at token states that all of the score comes through, and in this model none was found: '
+            'use method="pixel_x_gradient"')
         self.q = Question(t.score, t.target, t.images, t.grid, t.prefix, rules)
         f, x = as_function(model, images)
         data = read_inputs(model, images)

@@ -159,7 +159,7 @@ def _which(block, L):
     if not isinstance(block, int) or isinstance(block, bool): raise ValueError(
         f'block must be a number, or None for the input of the model, not {block!r}')
     if not L: raise NotImplementedError('no token states that all of the score comes through were found in this model: '
-                                        'start at its input, with block=None, or with a method of pixels')
+                                        'start at its input, with block=None, or use a method of pixels, such as method="pixel_x_gradient"')
     if not -L <= block < L: raise ValueError(f'there is no block {block}: this model has blocks 0 to {L-1}, and -1 for the last')
     return block % L
 

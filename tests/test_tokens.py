@@ -162,7 +162,7 @@ def test_refused_inputs(vit, images, error, message, change):
 def test_refused_targets(vit, images, target):
     with pytest.raises((TypeError, ValueError), match='target'): explain(vit, images, target)
 
-@pytest.mark.parametrize('kwargs', [dict(method=[]), dict(method=['fullgrad', 'gradcam']), dict(method=[3]), dict(method='gradcam'), dict(method=3), dict(rules=3),
+@pytest.mark.parametrize('kwargs', [dict(method=[]), dict(method=['fullgrad', 'gradcan']), dict(method=[3]), dict(method='gradcan'), dict(method=3), dict(rules=3),
                                     dict(rules='rules'), dict(of='odds'), dict(of=None)])
 def test_refused_options(vit, images, kwargs):
     with pytest.raises((TypeError, ValueError), match=next(iter(kwargs)) if 'of' not in kwargs else 'score'): explain(vit, images, **kwargs)
