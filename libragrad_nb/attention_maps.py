@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .core import libra
 from .attention_matrix import Matrices
 from .gradient_maps import aliases, method, methods, nothing
+from .ledger import name_of
 from .tokens import choose, layout, on_grid, read_inputs
-from .trace import Attended, NoAttention, Question, carried, instead, name_of, not_recomputed, overwrites
+from .trace import Attended, NoAttention, Question, carried, instead, not_recomputed, overwrites
 
 # %% ../nbs/12_attention_maps.ipynb #20b60de0
 def weights(here:Attended): return here.weights

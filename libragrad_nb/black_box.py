@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 # %% ../nbs/15a_black_box.ipynb #e4a63726
 from .gradient_maps import method
 from .tokens import choose, layout, read_inputs
-from .trace import Question, name_of
+from .ledger import name_of
+from .trace import Question
 
 # %% ../nbs/15a_black_box.ipynb #0d25feee
 def players(model, x, patches=None):

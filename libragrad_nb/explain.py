@@ -26,7 +26,7 @@ from .trace import NoAttention, Question, Trace, as_function, trace
 # %% ../nbs/16_explain.ipynb #550be016
 @dataclass
 class Attribution:
-    "An explanation of B scores; every number is in units of the score"
+    "An explanation of B scores; in units of the score, unless the method has none"
     map:torch.Tensor                # [B, rows, cols] signed, one value a patch; of text [B, 1, N]; of `pixel_x_gradient` [B, H, W]
     prefix:torch.Tensor             # [B, P] what went to class and register tokens
     unplaced:torch.Tensor           # [B] constants that this method gives no place
@@ -156,9 +156,8 @@ def _rgb(model, images):
     return grey if x.shape[-1] == 3 else grey.mean(-1, keepdim=True).expand(*x.shape[:-1], 3)
 
 # %% ../nbs/16_explain.ipynb #827e80ba
-def _attribution(model, q:Question, method, tokens, unplaced, additive=None):
-    "What a method found of a question, tokens [B, N] or pixels [B, H, W], as an `Attribution`"
-    m = find_method(method)[0]
+def _attribution(model, q:Question, method, m, tokens, unplaced, additive=None):
+    "What a method `m` found of a question, tokens [B, N] or pixels [B, H, W], as an `Attribution`"
     prefix = tokens[:, :0, 0] if m.pixels else tokens[:, :q.prefix]
     grid = tokens if m.pixels else tokens[:, q.prefix:].reshape(len(tokens), *q.grid)
     why = ': the score does not depend on the patches' if m.unit else ', so it has nothing to say'
@@ -172,12 +171,11 @@ def attribute(model, t:Trace, method:str, **options)->Attribution:
     "The map of one method from a trace"
     m, at = find_method(method)
     placed, rest = t.constants_from(None if m.pixels else 0)
-    return _attribution(model, t, method, *m(t, **{**at, **options}), placed.sum(-1) + rest)
+    return _attribution(model, t, method, m, *m(t, **{**at, **options}), placed.sum(-1) + rest)
 
-def _by_running(model, images, target, rules, of, method, options):
-    m = find_method(method)[0]
-    q, tokens, unplaced = m(model, images, target, rules or m.rules, of, **options)
-    return _attribution(model, q, method, tokens, unplaced)
+def _by_running(model, images, target, rules, of, method, m, options):
+    q, *found = m(model, images, target, rules or m.rules, of, **options)
+    return _attribution(model, q, method, m, *found)
 
 # %% ../nbs/16_explain.ipynb #7048eccc
 def explain(
@@ -189,22 +187,22 @@ def explain(
     of:str='logit',       # explain the 'logit' or the 'probability' of the class
     **options,            # of the methods, see `methods[name].options`
 ):                        # an `Attribution`; a dictionary of them where `method` is a list, a list of either where `target` is a list
-    "Which patches made the score: a signed map in units of the score (LibraGrad, arXiv 2411.16760)"
+    "Which patches made the score: a signed map, in units of the score where the method has any (LibraGrad, arXiv 2411.16760)"
     names = method if isinstance(method, (list, tuple)) else [method]
     if not names: raise ValueError('an empty list of methods: name some, or pass None')
-    used = {n: find_method(n)[0] for n in names if n is not None}
-    own = _own_options(used, options)
+    found = {n: find_method(n) for n in names if n is not None}
+    used, own = {n: m for n, (m, _) in found.items()}, _own_options(found, options)
     if not isinstance(rules, (str, type(None))) and not hasattr(rules, 'get'): raise TypeError(
         f'rules must be a name or a dictionary of rules, not {rules!r}')
     if rules is not None: rule_set(rules)
     targets = target if isinstance(target, list) else [target]
     out = [{} for _ in targets]
     if traced := [n for n in names if n is None or not used[n].runs]:
-        for found, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used, own)):
-            found.update({n: attribute(model, t, n or _usual(t), **own.get(n, {})) for n in traced})
-    for found, one in zip(out, targets):
-        found.update({n: _by_running(model, images, one, rules, of, n, own[n]) for n in names if n not in traced})
-    out = [{n: found[n] for n in names} if isinstance(method, (list, tuple)) else found[method] for found in out]
+        for maps, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used, own)):
+            maps.update({n: attribute(model, t, n or _usual(t), **own.get(n, {})) for n in traced})
+    for maps, one in zip(out, targets):
+        maps.update({n: _by_running(model, images, one, rules, of, n, used[n], own[n]) for n in names if n not in traced})
+    out = [{n: maps[n] for n in names} if isinstance(method, (list, tuple)) else maps[method] for maps in out]
     return out if isinstance(target, list) else out[0]
 
 # %% ../nbs/16_explain.ipynb #c6da1535
@@ -219,12 +217,12 @@ def _traces(model, images, targets, rules, of, used, own):
     if of == 'logit' and rule_set(rules) and getattr(rule_set(rules), 'complete', True): _warn_incomplete(model, images, targets, rules, traces)
     return traces
 
-def _own_options(used, options):
+def _own_options(found, options):
     "Options that belong to each method; an option that no method has is an error"
-    own = {n: {**find_method(n)[1], **{k: v for k, v in options.items() if k in m.options}} for n, m in used.items()}
+    own = {n: {**at, **{k: v for k, v in options.items() if k in m.options}} for n, (m, at) in found.items()}
     for k in options:
         if not any(k in o for o in own.values()): raise TypeError(
-            f'no option {k!r}: ' + ('; '.join(f'{n} takes {", ".join(m.options) or "none"}' for n, m in used.items()) or 'name a method first'))
+            f'no option {k!r}: ' + ('; '.join(f'{n} takes {", ".join(m.options) or "none"}' for n, (m, _) in found.items()) or 'name a method first'))
     return own
 
 # %% ../nbs/16_explain.ipynb #2190a695

@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 # %% ../nbs/10a_restart.ipynb #6a385d53
 from .core import libra, swap_backward
 from .tokens import Inputs, choose, layout, on_grid, read_inputs
-from .trace import Question, TokenTally, _check_scores, bottlenecks, carried, instead, name_of, prefix_in_front, start
+from .ledger import name_of
+from .trace import Question, TokenTally, _check_scores, bottlenecks, carried, instead, prefix_in_front, start
 
 # %% ../nbs/10a_restart.ipynb #a3b512fe
 @contextmanager

@@ -242,12 +242,16 @@ class Inputs:
         own = {k: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in self.given.items()}  # caches are written to
         return model(**{**own, self.key: x})
 
-    def last(self):
-        "Index of the last token [B] that is not padding; None for images"
+    @property
+    def real(self):
+        "Which tokens are no padding [B, N]; None for images"
         if not self.text: return None
         mask = self.given.get('attention_mask') if self.key else None
-        places = torch.arange(self.x.shape[1], device=self.x.device)
-        return (places*(torch.ones_like(self.x) if mask is None else mask.to(self.x))).argmax(1)
+        return torch.ones_like(self.x, dtype=torch.bool) if mask is None else mask.to(self.x.device).bool()
+
+    def last(self):
+        "Index of the last token [B] that is not padding; None for images"
+        return None if self.real is None else (torch.arange(self.x.shape[1], device=self.x.device)*self.real).argmax(1)
 
 # %% ../nbs/09_tokens.ipynb #7ade9699
 def read_inputs(

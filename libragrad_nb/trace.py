@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'overwrites', 'stages', 'Attended', 'reading', 'TokenTally',
            'carried', 'instead', 'listen', 'bottlenecks', 'prefix_in_front', 'Question', 'Trace', 'start',
-           'as_function', 'trace', 'name_of', 'not_recomputed']
+           'as_function', 'trace', 'not_recomputed']
 
 # %% ../nbs/10_trace.ipynb #16e5a35e
 import math, threading
@@ -22,6 +22,7 @@ from torch import nn
 from .core import Tally, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating
 from .attention_matrix import Matrices, NoAttention
+from .ledger import name_of
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
 # %% ../nbs/10_trace.ipynb #61e0d993
@@ -405,7 +406,7 @@ def trace(
     if not targets: raise ValueError('an empty list of targets: pass None for the predicted class')
     with torch.inference_mode(False), torch.enable_grad():
         if data.x.is_inference(): data.x = data.x.clone()
-        tally = TokenTally(len(data.x), layout(model, data.x), terms, _real(data))
+        tally = TokenTally(len(data.x), layout(model, data.x), terms, _padded(data))
         with start(model, data) as begun, listen(tally), libra(model, rules, tally):
             output = data.call(model, data.x if data.text else begun.fed)
         with libra(rules='plain'):  # also inside a `libra` of the caller
@@ -416,12 +417,10 @@ def trace(
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
 # %% ../nbs/10_trace.ipynb #8e7acf91
-def name_of(rules): return rules if isinstance(rules, str) else getattr(rules, 'name', 'custom')
-
-def _real(data):
-    "Which tokens of each text are no padding [B, N]; None where there is none"
-    mask = data.given.get('attention_mask') if data.text and data.key else None
-    if mask is not None and mask.shape == data.x.shape and not mask.bool().all(): return mask.bool()
+def _padded(data):
+    "Which tokens are real [B, N], where a text has others as well; else None"
+    real = data.real
+    return real if real is not None and real.shape == data.x.shape and not real.all() else None
 
 # %% ../nbs/10_trace.ipynb #7ccbc547
 def _check_scores(scores, begun):

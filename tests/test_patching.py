@@ -1,35 +1,20 @@
 "Activation patching against a naive loop over patches, on every kind of model"
-import pytest, timm, torch
-from timm.models import VisionTransformer
-from timm.models.mlp_mixer import MlpMixer
-from torch import nn
+import kinds, pytest, torch
+from kinds import noisy, vit
 
 from libragrad_nb import explain, methods
 from libragrad_nb.patching import caap, middle
 from libragrad_nb.restart import Rest
 from libragrad_nb.tokens import on_grid
 
-def vit(**more): return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, **more)
-SMALL = dict(vit=vit, registers=lambda: vit(reg_tokens=4), siglip=lambda: vit(global_pool='map', class_token=False),
-             mixer=lambda: MlpMixer(img_size=32, patch_size=8, embed_dim=32, num_blocks=4, num_classes=5),
-             eva02=lambda: timm.create_model('eva02_tiny_patch14_224', img_size=56, depth=4, num_classes=5),
-             swin=lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=28, window_size=7, embed_dim=16, depths=(1, 4), num_heads=(4, 8), num_classes=5),
-             convnext=lambda: timm.create_model('convnext_atto', depths=(1, 4, 1, 1), dims=(8, 16, 16, 16), num_classes=5),
-             hiera=lambda: timm.create_model('hiera_tiny_224', img_size=64, embed_dim=16, num_heads=1, stages=(1, 4, 1, 1), num_classes=5))
-SIZE, RANGE = dict(eva02=56, swin=28, hiera=64), dict(swin=(2, 4), convnext=(2, 4), hiera=(2, 4))
+DEPTH = dict(vit=4, registers=4, siglip=4, mixer=4, eva02=4, swin=(1, 4), convnext=(1, 4, 1, 1), hiera=(1, 4, 1, 1))
+RANGE = dict(swin=(2, 4), convnext=(2, 4), hiera=(2, 4))
 QUIET = dict(progress=False)
 
 
-def noisy(model):
-    for name, p in model.named_parameters():
-        if p.ndim < 2 or 'token' in name or name.startswith('head'): nn.init.normal_(p, std=.3)
-    return model.double().eval()
-
-
-@pytest.fixture(scope='module', params=SMALL)
+@pytest.fixture(scope='module', params=DEPTH)
 def case(request):
-    torch.manual_seed(0)
-    return noisy(SMALL[request.param]()), torch.randn(2, 3, *[SIZE.get(request.param, 32)]*2, dtype=torch.float64), RANGE.get(request.param, (1, 3))
+    return *kinds.case(request.param, DEPTH[request.param], swin=28), RANGE.get(request.param, (1, 3))
 
 
 def loop(model, x, neutral, target, a, b, of):
@@ -72,7 +57,7 @@ def test_agrees_with_a_loop(case, of):
 
 def test_other_neutral_images():
     torch.manual_seed(0)
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(4)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     one = torch.randn(3, 32, 32, dtype=torch.float64)
     for neutral in (one, one.expand(2, -1, -1, -1), .5):
         _, tokens, _ = caap(model, x, 1, neutral=neutral, **QUIET)
@@ -84,7 +69,7 @@ def test_other_neutral_images():
 def test_all_of_it_is_the_source():
     "Where every token is replaced at a later block, class token and all, the source's score is back"
     torch.manual_seed(0)
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(4)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     source, empty = Rest(model, x, 1), Rest(model, 0*x, 1, block=1)
     with torch.no_grad(): back = empty(empty.h, lambda i, h, rows: source.inputs[i] if i == 3 else h)
     torch.testing.assert_close(back, source.score, rtol=1e-12, atol=0)
@@ -93,7 +78,7 @@ def test_all_of_it_is_the_source():
 
 def test_batches_targets_and_explain():
     torch.manual_seed(0)
-    model, x = noisy(vit()), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(4)), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     whole = explain(model, x, [1, None], 'caap', **QUIET)
     for a, target in zip(whole, (1, None)):
         for batch_size in (1, 7, 1000):
@@ -107,7 +92,7 @@ def test_batches_targets_and_explain():
 
 def test_functions_and_labels_of_their_own():
     torch.manual_seed(0)
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(4)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     labels = torch.tensor([2, 3])
     parts = [caap(model, x, t, score='logit', **QUIET)[1] for t in (1, labels)]
     difference = caap(model, x, lambda o: o[:, 1] - o[torch.arange(2), labels], **QUIET)[1]
@@ -130,7 +115,7 @@ def test_text_and_dictionaries():
 
 def test_no_gradient_is_left_behind():
     torch.manual_seed(0)
-    model, x = noisy(vit()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(4)), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     model.set_grad_checkpointing(True)  # no gradients, so no harm
     tokens = caap(model, x, 1, **QUIET)[1]
     assert not tokens.requires_grad and tokens.any()
@@ -144,12 +129,12 @@ def test_no_gradient_is_left_behind():
     (dict(neutral=torch.zeros(3, 5, 5)), r'pass one like \[3, 32, 32\]'), (dict(score='loss'), "'logit' or 'probability'"), (dict(batch_size=0), 'at least one'),
     (dict(score='logit', of='probability'), 'contradict'), (dict(target=lambda o: o[:, 0], score='probability'), 'is for classes')])
 def test_errors(options, words):
-    model, x = noisy(vit()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(4)), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match=words): explain(model, x, method='caap', **options)
 
 
 def test_tokens_that_do_not_keep_their_places():
     torch.manual_seed(0)
     for name, blocks in (('swin', (0, 2)), ('hiera', (0, 3)), ('convnext', (0, 3))):
-        x = torch.randn(1, 3, *[SIZE.get(name, 32)]*2, dtype=torch.float64)
-        with pytest.raises(NotImplementedError, match='do not keep their places'): caap(noisy(SMALL[name]()), x, 1, blocks=blocks)
+        model, x = kinds.case(name, DEPTH[name], swin=28)
+        with pytest.raises(NotImplementedError, match='do not keep their places'): caap(model, x, 1, blocks=blocks)

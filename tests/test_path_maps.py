@@ -1,7 +1,6 @@
 "Path and noise maps against naive loops, on every kind of model"
-import pytest, timm, torch
-from timm.models import VisionTransformer
-from timm.models.mlp_mixer import MlpMixer
+import kinds, pytest, torch
+from kinds import noisy, vit
 from torch import nn
 
 from libragrad_nb import explain, libra, methods
@@ -9,27 +8,13 @@ from libragrad_nb import path_maps as pm
 from libragrad_nb.restart import Rest
 from libragrad_nb.trace import as_function, trace
 
-def vit(**more): return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, **more)
-SMALL = dict(vit=vit, registers=lambda: vit(reg_tokens=4), siglip=lambda: vit(global_pool='map', class_token=False),
-             eva02=lambda: timm.create_model('eva02_tiny_patch14_224', img_size=56, depth=2, num_classes=5),
-             swin=lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=56, embed_dim=16, depths=(1, 2), num_heads=(4, 8), num_classes=5),
-             hiera=lambda: timm.create_model('hiera_tiny_224', img_size=64, embed_dim=16, num_heads=1, stages=(1, 1, 1, 1), num_classes=5),
-             mixer=lambda: MlpMixer(img_size=32, patch_size=8, embed_dim=32, num_blocks=2, num_classes=5))
-SIZE = dict(eva02=56, swin=56, hiera=64)
+DEPTH = dict(vit=2, registers=2, siglip=2, eva02=2, swin=(1, 2), hiera=(1, 1, 1, 1), mixer=2)
 ALL = [n for n in methods if methods[n].runs and methods[n].f.__module__ == pm.__name__]
 QUIET = dict(progress=False)
 
 
-def noisy(model):
-    for name, p in model.named_parameters():
-        if p.ndim < 2 or 'token' in name or name.startswith('head'): nn.init.normal_(p, std=.3)
-    return model.double().eval()
-
-
-@pytest.fixture(scope='module', params=SMALL)
-def case(request):
-    torch.manual_seed(0)
-    return noisy(SMALL[request.param]()), torch.randn(2, 3, *[SIZE.get(request.param, 32)]*2, dtype=torch.float64)
+@pytest.fixture(scope='module', params=DEPTH)
+def case(request): return kinds.case(request.param, DEPTH[request.param])
 
 
 def gradient(f, h, rules):
@@ -84,7 +69,7 @@ def test_the_identity_and_its_judge(case):
 @pytest.mark.parametrize('name', ALL)
 def test_batch_size_batch_and_targets_change_nothing(name):
     torch.manual_seed(0)
-    model, x = noisy(vit()), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(2)), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     count = dict(samples=5) if 'samples' in methods[name].options else dict(steps=5)
     def run(x, target, **o): return explain(model, x, target, name, **count, **QUIET, **o)
     whole = run(x, [1, 2])
@@ -97,7 +82,7 @@ def test_batch_size_batch_and_targets_change_nothing(name):
 
 
 def test_noise_leaves_the_callers_random_state_alone():
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(2)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     def run(**o): return pm.smooth_grad(model, x, 1, samples=2, **QUIET, **o)[1]
     torch.manual_seed(1); before = torch.random.get_rng_state()
     first = run()
@@ -139,7 +124,7 @@ def test_dictionaries_functions_and_probabilities():
 
 
 def test_contexts_of_the_caller():
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(2)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     def run(): return pm.integrated_gradients(model, x, 1, steps=3, **QUIET)[1]
     expected = run()
     for context in (torch.no_grad, torch.inference_mode, libra):
@@ -148,7 +133,7 @@ def test_contexts_of_the_caller():
 
 
 def test_progress_only_where_there_is_some(capsys):
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(2)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     pm.integrated_gradients(model, x, 1, steps=4, batch_size=8); assert not capsys.readouterr().err
     pm.integrated_gradients(model, x, 1, steps=4, batch_size=4, progress=False); assert not capsys.readouterr().err
     pm.integrated_gradients(model, x, 1, steps=4, batch_size=4); assert 'steps' in capsys.readouterr().err
@@ -162,7 +147,7 @@ def test_progress_only_where_there_is_some(capsys):
     ('smooth_grad', dict(samples=0), '1 or more'), ('smooth_grad', dict(noise=-.1), '0 or more'), ('smooth_grad', dict(noise=float('nan')), '0 or more'),
     ('smooth_grad', dict(batch_size=0), 'at least one')])
 def test_errors(name, options, words):
-    model, x = noisy(vit()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(2)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match=words): explain(model, x, 1, name, **options)
 
 

@@ -1,6 +1,6 @@
 "Models run again from the input of a block: every kind of model, batch and target"
-import pytest, timm, torch
-from timm.models import VisionTransformer
+import kinds, pytest, torch
+from kinds import noisy, vit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -9,28 +9,14 @@ from libragrad_nb.restart import Rest
 from libragrad_nb.trace import trace
 from libragrad_nb.zoo import load
 
-SMALL = dict(vit=lambda: VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5),
-             registers=lambda: VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5, reg_tokens=4),
-             siglip=lambda: VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5,
-                                              global_pool='map', class_token=False),
-             eva02=lambda: timm.create_model('eva02_tiny_patch14_224', img_size=56, depth=3, num_classes=5),
-             swin=lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=56, embed_dim=16, depths=(2, 2), num_heads=(4, 8), num_classes=5),
-             convnext=lambda: timm.create_model('convnext_atto', depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=5),
-             hiera=lambda: timm.create_model('hiera_tiny_224', img_size=64, embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), num_classes=5),
-             mixer=lambda: load('mixer_digits'))
-SIZE = dict(eva02=56, swin=56, convnext=64, hiera=64, mixer=64)
+DEPTH = dict(vit=3, registers=3, siglip=3, eva02=3, swin=(2, 2), convnext=(1, 1, 2, 1), hiera=(1, 1, 2, 1), mixer=None)
 
 
-def noisy(model):
-    for name, p in model.named_parameters():
-        if p.ndim < 2 or 'token' in name or name.startswith('head'): nn.init.normal_(p, std=.3)
-    return model.double().eval()
-
-
-@pytest.fixture(scope='module', params=SMALL)
+@pytest.fixture(scope='module', params=DEPTH)
 def case(request):
+    if request.param != 'mixer': return kinds.case(request.param, DEPTH[request.param], convnext=64)
     torch.manual_seed(0)
-    return noisy(SMALL[request.param]()), torch.randn(2, 3, *[SIZE.get(request.param, 32)]*2, dtype=torch.float64)
+    return noisy(load('mixer_digits')), torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
 
 def test_unchanged_states_give_the_stock_score(case):
@@ -131,7 +117,7 @@ def test_a_cache_that_knows_its_batch():
 
 def test_a_batch_size_fixed_before_the_block():
     class Fixed(nn.Module):
-        def __init__(self): super().__init__(); self.vit = SMALL['vit']()
+        def __init__(self): super().__init__(); self.vit = vit(3)
         def forward(self, x):
             B = len(x)
             return self.vit(x).view(B, 5)
@@ -142,7 +128,7 @@ def test_a_batch_size_fixed_before_the_block():
 
 
 def test_functions_as_targets():
-    model, x = noisy(SMALL['vit']()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(3)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     labels = torch.tensor([1, 3])
     anywhere, here = (lambda o: o[:, 1] - o[:, 2]), (lambda o: o[torch.arange(2), labels])
     for target, together in ((anywhere, True), (here, False)):
@@ -154,7 +140,7 @@ def test_functions_as_targets():
 
 def test_edits_know_their_rows():
     "One run for all states, and one run for each state, of the same edited model"
-    model, x = noisy(SMALL['vit']()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(3)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     more = torch.randn(6, 17, 32, dtype=torch.float64)
     def edit(i, h, rows): return h + i*more[rows]
     wide, narrow = Rest(model, x), Rest(model, x)
@@ -229,7 +215,7 @@ def test_in_place_blocks():
 
 
 def test_contexts_of_the_caller():
-    model, x = noisy(SMALL['vit']()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(3)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = Rest(model, x).score
     with torch.inference_mode(): assert torch.equal(Rest(model, x.clone()).score, expected)
     with torch.no_grad(): rest = Rest(model, x)
@@ -254,7 +240,7 @@ def test_low_precision():
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_checkpoints_are_refused_where_they_would_be_wrong(reentrant):
     class Checkpointed(nn.Module):
-        def __init__(self): super().__init__(); self.vit = SMALL['vit']()
+        def __init__(self): super().__init__(); self.vit = vit(3)
         def forward(self, x):
             h = self.vit._pos_embed(self.vit.patch_embed(x))
             for b in self.vit.blocks: h = checkpoint(b, h, use_reentrant=reentrant)
@@ -267,7 +253,7 @@ def test_checkpoints_are_refused_where_they_would_be_wrong(reentrant):
 
 
 def test_errors():
-    model, x = noisy(SMALL['vit']()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = noisy(vit(3)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for block, words in ((3, 'blocks 0 to 2'), (-4, 'blocks 0 to 2'), ('plus', 'must be a number'), (True, 'must be a number')):
         with pytest.raises(ValueError, match=words): Rest(model, x, block=block)
     rest = Rest(model, x)
