@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/23_demo.ipynb #a6dce626
 from .explain import explain, heat
-from .metrics import average_precision, relevance_gain
+from .metrics import average_precision, faithfulness
 from .zoo import EMBEDDED, load, scenes
 
 # %% ../nbs/23_demo.ipynb #745888c2
@@ -45,7 +45,7 @@ def compare(
         rows.append({'model': name, 'method': method, 'rules': rules,
                      'completeness error': (a.completeness_error/a.score).abs().median().item(),
                      'AP': average_precision(a.map, masks).mean().item(),
-                     'SRG': relevance_gain(models[name], images, a.map, target).mean().item()})
+                     'SRG': faithfulness(models[name], images, a.map, target).srg().mean().item()})
     return pd.DataFrame(rows), answers
 
 # %% ../nbs/23_demo.ipynb #a37a6fb6
