@@ -174,7 +174,7 @@ def attribute(model, t:Trace, method:str, **options)->Attribution:
     return _attribution(model, t, method, m, *m(t, **{**at, **options}), placed.sum(-1) + rest)
 
 def _by_running(model, images, target, rules, of, method, m, options):
-    q, *found = m(model, images, target, rules or m.rules, of, **options)
+    q, *found = m(model, images, target, m.rules if rules is None else rules, of, **options)
     return _attribution(model, q, method, m, *found)
 
 # %% ../nbs/16_explain.ipynb #7048eccc
@@ -198,7 +198,7 @@ def explain(
     targets = target if isinstance(target, list) else [target]
     out = [{} for _ in targets]
     if traced := [n for n in names if n is None or not used[n].runs]:
-        for maps, t in zip(out, _traces(model, images, targets, rules or 'libra', of, used, own)):
+        for maps, t in zip(out, _traces(model, images, targets, 'libra' if rules is None else rules, of, used, own)):
             maps.update({n: attribute(model, t, n or _usual(t), **own.get(n, {})) for n in traced})
     for maps, one in zip(out, targets):
         maps.update({n: _by_running(model, images, one, rules, of, n, used[n], own[n]) for n in names if n not in traced})

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/16a_methods.ipynb #47e174c3
 from .explain import explain
 from .gradient_maps import find_method, methods
+from .ledger import name_of
 from .tokens import layout
 
 # %% ../nbs/16a_methods.ipynb #d14a76a1
@@ -69,7 +70,7 @@ def overview(
         with counted(last, len(images)) as passes, warnings.catch_warnings():
             warnings.simplefilter('ignore')
             found, why, seconds = _drawn(model, images, target, name, rules, options.get(name, {}))
-        row = dict(method=name, paper=m.paper, formula=m.formula, attention=m.attention, unit=m.unit, rules=rules or m.rules, why=why)
+        row = dict(method=name, paper=m.paper, formula=m.formula, attention=m.attention, unit=m.unit, rules=m.rules if rules is None else name_of(rules), why=why)
         if found: row |= dict(error=(found.completeness_error/found.score).abs().max().item(), **passes, time=seconds/once)
         rows.append(row); maps |= {name: found} if found else {}
     return pd.DataFrame(rows).set_index('method'), maps

@@ -70,3 +70,11 @@ def test_patching_within_a_stage_of_a_hierarchical_model(case):
 def test_every_method_says_where_it_comes_from():
     assert all(m.paper and m.formula and (m.f.__doc__ or '') for m in methods.values())
     assert all(m.unit in ('score', '') and m.rules in ('libra', 'plain') for m in methods.values())
+
+def test_no_rules_at_all_is_plain():
+    "An empty dictionary is a set of rules, not a missing one"
+    torch.manual_seed(0)
+    vit, images = MODELS['vit']().eval(), torch.randn(2, 3, 32, 32)
+    for m in ('input_x_gradient', 'legrad'):
+        empty, plain, libra = (explain(vit, images, 3, m, rules=r).map for r in ({}, 'plain', 'libra'))
+        assert torch.equal(empty, plain) and not torch.allclose(empty, libra)
