@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'FRACTIONS', 'DROPS', 'enlarge', 'average_precision', 'iou', 'pixel_accuracy', 'pointing_game',
-           'without', 'Removal', 'can_drop', 'read_off', 'removable', 'ranks', 'how_many', 'Faithfulness',
+           'without', 'Removal', 'can_drop', 'ranks', 'how_many', 'read_off', 'removable', 'Faithfulness',
            'faithfulness', 'Completeness', 'completeness']
 
 # %% ../nbs/20_metrics.ipynb #cb645832
@@ -48,20 +48,18 @@ def _check_maps(maps):
 def enlarge(
     maps:torch.Tensor, # [B, rows, cols]
     size:tuple,        # rows and columns of pixels
-)->torch.Tensor:       # [B, *size], each minus the smallest value of its map: a flat map is exactly 0
+)->torch.Tensor:       # [B, *size]
     "Maps as large as the image (bicubic)"
     if any(m > s for m, s in zip(maps.shape[1:], size)): raise ValueError(
         f'maps are {list(maps.shape[1:])} and masks {list(size)}: enlarge the masks, so that they are at least as fine as the maps')
-    maps = maps.detach().double()
-    maps = maps - maps.amin((1, 2), keepdim=True)
     return maps if maps.shape[1:] == tuple(size) else F.interpolate(maps[:, None], tuple(size), mode='bicubic')[:, 0]
 
 def _pixels(maps, masks, ignore):
     "For each image its pixels as two vectors: of the enlarged map, and of the mask"
     _check_maps(maps); _check_masks(maps, masks, ignore)
     known = torch.ones_like(masks) if ignore is None else ~ignore
-    for m, mask, k in zip(maps, masks, known):
-        yield enlarge(m[None], mask.shape)[0].cpu()[k.cpu()], mask.cpu()[k.cpu()]
+    for m, mask, k in zip(maps.detach().double().cpu(), masks.cpu(), known.cpu()):
+        yield enlarge((m - m.min())[None], mask.shape)[0][k], mask[k]  # from 0, so that a flat map stays exactly flat
 
 # %% ../nbs/20_metrics.ipynb #91d93642
 def average_precision(
@@ -71,7 +69,7 @@ def average_precision(
 )->torch.Tensor:              # [B] in [0, 1]
     "How well each map ranks the pixels of the object above the others (step-wise average precision)"
     from sklearn.metrics import average_precision_score
-    return torch.tensor([average_precision_score(m, p) for p, m in _pixels(maps, masks, ignore)])
+    return torch.tensor([average_precision_score(m.numpy(), p.numpy()) for p, m in _pixels(maps, masks, ignore)])
 
 # %% ../nbs/20_metrics.ipynb #585461d1
 THRESHOLDS = (.1, .2, .3, .4, .5)
@@ -159,6 +157,20 @@ def can_drop(ask:Removal)->bool:
     except (RuntimeError, ValueError, IndexError, AssertionError): return False
     return _same(ask.model, shuffled, stock)
 
+# %% ../nbs/20_metrics.ipynb #9de8b9b9
+FRACTIONS = tuple(k/10 for k in range(10))  # 0, .1, ..., .9
+
+def ranks(
+    maps:torch.Tensor, # [M, B, P]
+    can:torch.Tensor,  # [B, P] what may go
+)->torch.Tensor:       # [2, M, B, P]: when each patch goes, if the most (0) or the least influential (1) go first
+    "Turns of the patches; of equal ones the first goes first"
+    most = maps.masked_fill(~can, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    least = maps.masked_fill(~can, math.inf).argsort(dim=-1, stable=True)
+    return torch.stack([most, least]).argsort(-1)
+
+def how_many(fraction, of): return (fraction*of.double() + 1e-9).long()  # .7*90 is 62.99999999999999
+
 # %% ../nbs/20_metrics.ipynb #002e7ef9
 def read_off(ask:Removal, target=None)->torch.Tensor:
     "Tokens [B, N] of a text that the score is read off behind the last block, where that is one in each text; else none"
@@ -191,19 +203,7 @@ def removable(ask:Removal, target=None, keep=None)->torch.Tensor:
     if not can.any(1).all(): raise ValueError('a text has no token that could be taken away')
     return can
 
-# %% ../nbs/20_metrics.ipynb #9de8b9b9
-FRACTIONS = tuple(k/10 for k in range(10))  # 0, .1, ..., .9
 
-def ranks(
-    maps:torch.Tensor, # [M, B, P]
-    can:torch.Tensor,  # [B, P] what may go
-)->torch.Tensor:       # [2, M, B, P]: when each patch goes, if the most (0) or the least influential (1) go first
-    "Turns of the patches; of equal ones the first goes first"
-    most = maps.masked_fill(~can, -math.inf).argsort(dim=-1, descending=True, stable=True)
-    least = maps.masked_fill(~can, math.inf).argsort(dim=-1, stable=True)
-    return torch.stack([most, least]).argsort(-1)
-
-def how_many(fraction, of): return (fraction*of.double() + 1e-9).long()  # .7*90 is 62.99999999999999
 
 # %% ../nbs/20_metrics.ipynb #02fce6aa
 DROPS = ('aopc', 'log_odds')  # scores that grow while evidence goes
