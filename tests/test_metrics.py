@@ -264,6 +264,7 @@ def test_completeness_by_hand():
     torch.testing.assert_close(c.fullgrad[0, 3], a.completeness_error)
     assert c.table()['fullgrad', 'plain'].tolist() == pytest.approx(c.fullgrad[0].abs().mean(-1).tolist())
     assert len(c.plot().axes) == 2 and '<table' in c._repr_html_()
+    with pytest.raises(ValueError, match='one target at a time'): completeness(model, x, [1, 4])
 
 
 # --- on the object
@@ -359,3 +360,66 @@ def test_words_for_wrong_masks(score):
                                     ('NaN', ValueError, (m*math.nan, masks), {}), (r'map\[None\]', ValueError, (m[0], masks), {}),
                                     ('at least as fine', ValueError, (rand(2, 9, 9), masks), {})]:
         with pytest.raises(kind, match=match): score(*args, **more)
+
+
+# --- Quantus
+
+def test_importing_does_not_need_quantus():
+    code = 'import sys; sys.modules["quantus"] = None; import libragrad_nb.metrics, libragrad_nb.adapters'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.fixture(scope='module')
+def asked():
+    s = scenes(6, digits=2, seed=3)
+    return load('vit_digits'), s, s.images.numpy(), s.labels[:, 0].numpy(), s.masks[:, :1].numpy()
+
+
+def test_adapter_gives_the_map(asked):
+    from libragrad_nb.adapters import as_quantus
+    vit, s, x, y, _ = asked
+    a = explain(vit, s.images, s.labels[:, 0], 'input_x_gradient', 'plain').map
+    f = as_quantus('input_x_gradient', 'plain')
+    found = f(vit, x.astype(np.float64), y, device='cpu')  # as some metrics disturb images
+    assert isinstance(found, np.ndarray) and found.shape == (6, 1, 64, 64)
+    np.testing.assert_allclose(found[:, 0], F.interpolate(a[:, None], (64, 64), mode='bicubic')[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(as_quantus('input_x_gradient', 'plain', smooth=False)(vit, x, y).sum((1, 2, 3)), a.sum((1, 2)), rtol=1e-4)
+    np.testing.assert_array_equal(as_quantus()(vit, x, y, method='input_x_gradient', rules='plain'), f(vit, x, y))
+    assert as_quantus('pixel_x_gradient')(vit, x[:1], y[:1]).shape == (1, 1, 64, 64)
+
+
+def test_metrics_of_quantus(asked):
+    quantus = pytest.importorskip('quantus')
+    from libragrad_nb.adapters import as_quantus
+    vit, s, x, y, masks = asked
+    quiet, signed = dict(disable_warnings=True), dict(disable_warnings=True, abs=False, normalise=False)
+    def knows_nothing(model, inputs, targets, **more):
+        noise = torch.randn(len(inputs), 1, 8, 8, generator=torch.Generator().manual_seed(len(inputs)))
+        return F.interpolate(noise, inputs.shape[-2:], mode='bicubic').numpy()
+    def mean(metric, f):
+        np.random.seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            values = np.asarray(metric(vit, x, y, s_batch=masks, explain_func=f, device='cpu'), float)
+        assert values.shape == (6,) and np.isfinite(values).all()
+        return values.mean()
+    for metric in (quantus.AttributionLocalisation(positive_attributions=True, **signed), quantus.RelevanceRankAccuracy(**signed)):
+        assert mean(metric, as_quantus()) > 2*mean(metric, knows_nothing)
+    correlation = quantus.FaithfulnessCorrelation(nr_runs=6, subset_size=512, **signed)
+    assert -1 <= mean(correlation, as_quantus()) <= 1
+    assert 0 < mean(quantus.Sparseness(**quiet), as_quantus()) < 1
+    assert 0 < mean(quantus.MaxSensitivity(nr_samples=2, lower_bound=.02, **quiet), as_quantus())
+
+
+def test_shuffled_weights_change_the_map(asked):
+    quantus = pytest.importorskip('quantus')
+    from libragrad_nb.adapters import as_quantus
+    vit, _, x, y, _ = asked
+    before = {k: v.clone() for k, v in vit.state_dict().items()}
+    sanity = quantus.MPRT(similarity_func=quantus.correlation_pearson, skip_layers=True, abs=False, normalise=False, disable_warnings=True, seed=0)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        alike = sanity(vit, x[:2], y[:2], explain_func=as_quantus(), device='cpu')
+    values = np.array(list(alike.values()), float)
+    assert np.isfinite(values).all() and values[-1].mean() < .5
+    assert all(torch.equal(before[k], v) for k, v in vit.state_dict().items())
