@@ -210,7 +210,7 @@ DROPS = ('aopc', 'log_odds')  # scores that grow while evidence goes
 SCORES = ('probability', 'accuracy', 'log_probability', *DROPS)
 
 @dataclass(repr=False)
-class Faithfulness:
+class _Curves:
     "What M maps say of B images: scores while the most (0) and the least influential (1) patches go, K fractions of them"
     names:list                    # of the M maps
     fractions:tuple               # K shares of the patches that are gone; the first is 0
@@ -233,6 +233,9 @@ class Faithfulness:
         if what not in SCORES: raise ValueError(f'no score {what!r}: choose {", ".join(SCORES)}')
         return self.right.double() if what == 'accuracy' else getattr(self, what)
 
+# %% ../nbs/20_metrics.ipynb #fe75111d
+class Faithfulness(_Curves):
+    "Scores of B images while the most (0) and the least influential (1) patches go, by M maps: curves, what sums them up, and pictures"
     def mean(self, what='probability'): return self.curve(what).mean(1)
     def area(self, what='probability'): return torch.trapezoid(self.curve(what), torch.tensor(self.fractions).double(), dim=1)
 
