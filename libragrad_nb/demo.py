@@ -79,7 +79,7 @@ has its own scale. The error under a map says how far it is from adding up to th
 <p><b>Completeness error</b>: how far the explanation is from adding up to the score, median, in percent of the score; 0 is best.
 <b>AP</b>, average precision: does the map rank the digit's pixels above all others? 1 is best, a random map gets the digit's share of the picture.
 <b>SRG</b>, symmetric relevance gain: how much more probable the digit stays when the patches the map ranks lowest are removed than when those it ranks
-highest are; 1 is best, a random map gets 0.</p>'''
+highest are, on average over shares from none to nine tenths; 0.9 is the most there is, a random map gets 0.</p>'''
 
 def write(s, table, answers, out='demo', method='fullgrad_plus'):
     "Write demo.png and demo.html into the folder `out`; returns both paths"
