@@ -6,33 +6,35 @@
 __all__ = ['METHODS', 'ABLATED', 'OPTIONS', 'SETS', 'TASKS', 'plan_of', 'possible', 'draw', 'segmentation', 'measure', 'slices',
            'benchmark', 'collect', 'embedded', 'main']
 
-# %% ../nbs/21_benchmark.ipynb #38c6c087
+# %% ../nbs/21_benchmark.ipynb #cff26d26
 import argparse, hashlib, json, os, platform, warnings, zlib
 from pathlib import Path
 
-# %% ../nbs/21_benchmark.ipynb #6d576107
+# %% ../nbs/21_benchmark.ipynb #7babed19
 import numpy as np
 import pandas as pd
 import timm, torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-# %% ../nbs/21_benchmark.ipynb #460e4b7c
+# %% ../nbs/21_benchmark.ipynb #77d75a20
 from .core import rule_set
 from .examples import Examples, ImageFiles, digit_examples, prompt_examples, recall_examples
 from .explain import explain
-from .gradient_maps import find_method, methods
+from .gradient_maps import find_method
 from .metrics import average_precision, faithfulness, iou, pixel_accuracy, pointing_game
 from .presets import families, only, without
 from .scenes import PROMPTS
 from .zoo import load
 
-# %% ../nbs/21_benchmark.ipynb #2116c05f
-METHODS = tuple(n for n, m in methods.items() if not m.runs) + ('legrad', 'integrated_gradients', 'smooth_grad', 'smooth_grad_norm', 'caap')
+# %% ../nbs/21_benchmark.ipynb #0aa9d9ad
+METHODS = ('input_x_gradient', 'pixel_x_gradient', 'fullgrad', 'fullgrad_plus', 'skip_plus', 'grad_cam', 'xgrad_cam', 'xgrad_cam_plus', 'grad_cam_plus_plus',
+           'gradient_norm', 'raw_attention', 'attention_rollout', 'attention_gradient', 'attention_x_gradient', 'mean_attention_x_gradient', 'grad_sam', 'attn_cam',
+           'gen_att', 'att_cat', 'token_tm', 'legrad', 'integrated_gradients', 'smooth_grad', 'caap')
 ABLATED = ('input_x_gradient', 'fullgrad_plus')
-OPTIONS = dict(integrated_gradients=dict(steps=20), smooth_grad=dict(samples=10), smooth_grad_norm=dict(samples=10))
+OPTIONS = dict(integrated_gradients=dict(steps=20), smooth_grad=dict(samples=10))
 
-# %% ../nbs/21_benchmark.ipynb #03d8319a
+# %% ../nbs/21_benchmark.ipynb #1eecd6cd
 def plan_of(
     methods=METHODS,
     rules=('plain', 'libra'),
@@ -47,7 +49,7 @@ def plan_of(
         for s in extra: sets[s.name] = s; runs.setdefault(s.name, list(ABLATED))
     return runs, sets
 
-# %% ../nbs/21_benchmark.ipynb #0b942d71
+# %% ../nbs/21_benchmark.ipynb #0a8e027d
 def _options(names, options): return {n: {**({'progress': False} if 'progress' in find_method(n)[0].options else {}), **options.get(n, {})} for n in names}
 
 def possible(model, e:Examples, names, options=OPTIONS):
@@ -65,19 +67,19 @@ def draw(model, e:Examples, names, rules, options=OPTIONS)->dict:
     alone = {n: explain(model, e.inputs, e.target, n, rules, **_options([n], options)[n]) for n in names if n not in found}
     return {n: {**found, **alone}[n] for n in names}
 
-# %% ../nbs/21_benchmark.ipynb #c27c2a50
+# %% ../nbs/21_benchmark.ipynb #e3faff40
 def _on_patches(map, grid):
     "A map of pixels [B, H, W] summed over patches; any other as it is"
     rows, cols = grid
     if tuple(map.shape[1:]) == tuple(grid): return map.float()
     return F.adaptive_avg_pool2d(map[:, None].float(), (rows, cols))[:, 0]*(map[0].numel()/(rows*cols))
 
-# %% ../nbs/21_benchmark.ipynb #36b1d173
+# %% ../nbs/21_benchmark.ipynb #71e538fb
 def _random(e, grid):
     def one(i, name): return torch.rand(grid, generator=torch.Generator().manual_seed(zlib.crc32(f'{name} {e.target[i]}'.encode())))
     return torch.stack([one(i, name) for i, name in enumerate(e.ids)])
 
-# %% ../nbs/21_benchmark.ipynb #0e6af7f9
+# %% ../nbs/21_benchmark.ipynb #191c44fd
 def _where_known(score, maps, masks, ignore):
     "A segmentation score, NaN where the mask is empty"
     known = masks.flatten(1).any(1)
@@ -99,7 +101,7 @@ def segmentation(maps, e:Examples)->dict:
     if e.rivals is not None: out |= dict(which=_where_known(average_precision, maps, e.masks, ~(e.masks | e.rivals)), alike=_alike(maps, e.ids))
     return out
 
-# %% ../nbs/21_benchmark.ipynb #b7eeb401
+# %% ../nbs/21_benchmark.ipynb #eeb7ef32
 def _distinct(maps):
     "Maps that differ, by name; and for every name, the place of its map among them"
     seen = {}
@@ -117,7 +119,7 @@ def _faithful(model, e, maps, chunk):
         out |= {first: p[k].mean(0), f'{first}_aopc': (p[k, :1] - p[k]).mean(0), f'{first}_log_odds': log[k].mean(0), f'{first}_accuracy': right[k].mean(0)}
     return {k: {c: v[i] for c, v in out.items()} for k, i in place.items()}
 
-# %% ../nbs/21_benchmark.ipynb #2ae80df4
+# %% ../nbs/21_benchmark.ipynb #3c8572af
 def measure(model, e:Examples, runs, sets, options=OPTIONS, chunk=512)->pd.DataFrame:
     "A row for every map of every question: what drew it, and all its marks"
     drawn = {(n, r): a for r, names in runs.items() for n, a in draw(model, e, names, sets[r], options).items()}
@@ -132,14 +134,14 @@ def measure(model, e:Examples, runs, sets, options=OPTIONS, chunk=512)->pd.DataF
                                    | {c: v.detach().numpy().astype(np.float32) for c, v in columns.items()}))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/21_benchmark.ipynb #6688c886
+# %% ../nbs/21_benchmark.ipynb #304d51d3
 def slices(ids, pictures:int)->list:
     "Slices of at most that many different pictures"
     new = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
     cuts = [*new[::pictures].tolist(), len(ids)]
     return [slice(a, b) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../nbs/21_benchmark.ipynb #db3ba8da
+# %% ../nbs/21_benchmark.ipynb #ec8332a8
 def _fingerprint(model, source):
     "A few letters that change when a weight or a picture does"
     h = hashlib.sha256('\n'.join(map(str, source.ids)).encode())
@@ -159,7 +161,7 @@ def _same(out, settings, tasks):
     made = dict(torch=torch.__version__, timm=timm.__version__, machine=platform.machine(), python=platform.python_version())
     _write(path, lambda p: p.write_text(json.dumps(dict(settings=settings, tasks={**old['tasks'], **tasks}, made=made), indent=1)))
 
-# %% ../nbs/21_benchmark.ipynb #26f080ed
+# %% ../nbs/21_benchmark.ipynb #e683e738
 def benchmark(
     tasks:dict,             # (name of a model, name of a set): (model, `Examples` or `ImageFiles`)
     out='benchmark',        # folder: parts/, results.parquet, skipped.csv
@@ -183,7 +185,7 @@ def benchmark(
             bar.update()
     return collect(out)
 
-# %% ../nbs/21_benchmark.ipynb #4fac632a
+# %% ../nbs/21_benchmark.ipynb #0057615d
 def _part(path, task, model, source, part, runs, sets, options, chunk, device):
     "Measure one slice and write it; beside it what was skipped, with the reasons"
     e, model = source[part], model.to(device)
@@ -215,7 +217,7 @@ def collect(out)->pd.DataFrame:
     _write(out/'skipped.csv', lambda p: skipped.to_csv(p, index=False))
     return table
 
-# %% ../nbs/21_benchmark.ipynb #2c58cc9a
+# %% ../nbs/21_benchmark.ipynb #37808243
 SETS = {'2 digits': lambda n, seed: digit_examples(n, 2, seed),
         'prompts': lambda n, seed: prompt_examples(n, 2, seed), 'recall': lambda n, seed: recall_examples(n, 3, seed)}
 TASKS = dict.fromkeys(('vit_digits', 'vit_reg_digits', 'eva_digits', 'mixer_digits', 'gmixer_digits'), ('2 digits',))
@@ -236,7 +238,7 @@ def _from_disk(names, images, count, seed, checkpoint):
     "Tasks for timm models on files"
     return {(name, Path(images).name): (m := load(name, checkpoint=checkpoint), ImageFiles(images, m, count, seed)) for name in names}
 
-# %% ../nbs/21_benchmark.ipynb #1cf17710
+# %% ../nbs/21_benchmark.ipynb #f6a9b0a3
 def main(args=None):
     "The benchmark as a command; `python -m libragrad_nb.benchmark --help`"
     p = argparse.ArgumentParser(prog='python -m libragrad_nb.benchmark', formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
@@ -245,7 +247,7 @@ def main(args=None):
     p.add_argument('--images', metavar='PATH', help='class folders (masks in PATH-masks), the ImageNet-S layout, or a CSV file with image, class, mask')
     p.add_argument('--checkpoint', metavar='FILE', help='weights for the timm model, where they are not to be downloaded')
     p.add_argument('--count', type=int, default=100, help='pictures in a set')
-    p.add_argument('--methods', nargs='+', metavar='NAME', help='methods (default: all but sampling ones)')
+    p.add_argument('--methods', nargs='+', metavar='NAME', help=f'methods (default: the {len(METHODS)} of METHODS)')
     p.add_argument('--rules', nargs='+', default=['plain', 'libra'], help='rule sets')
     p.add_argument('--no-ablations', action='store_true', help='leave out only-/without- each family of rules')
     p.add_argument('--out', default='benchmark', help='folder for the results')
@@ -274,5 +276,5 @@ def _say(table, skipped, out):
         print(f'\nnot for {name}: ' + ', '.join(dict.fromkeys(group.what.str.removeprefix('method '))))
     print(f'\nwrote {out}/results.parquet ({len(table)} rows) and {out}/skipped.csv')
 
-# %% ../nbs/21_benchmark.ipynb #4ed6e7ed
+# %% ../nbs/21_benchmark.ipynb #74e6fb9b
 if __name__ == '__main__' and '__file__' in globals(): main()
