@@ -58,7 +58,7 @@ def possible(model, e:Examples, names, options=OPTIONS):
     can, cannot = [], {}
     for n in names:
         try: explain(model, e.inputs[:1], e.target[:1], n, 'libra', **_options([n], options)[n]); can.append(n)
-        except (NotImplementedError, ImportError) as why: cannot[n] = str(why)
+        except (NotImplementedError, ImportError, ValueError) as why: cannot[n] = str(why)
     return can, cannot
 
 def draw(model, e:Examples, names, rules, options=OPTIONS)->dict:

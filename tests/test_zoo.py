@@ -134,12 +134,8 @@ def test_training_can_be_interrupted():
 
 # Two towers
 
-def trained(name): return pytest.mark.skipif(name not in EMBEDDED, reason=f'{name} has no weights yet')
-
 @pytest.fixture(scope='module')
-def clip():
-    torch.manual_seed(0)
-    return TwoTowers().double().eval()
+def clip(): return load('clip_digits').double()
 
 @pytest.fixture(scope='module')
 def pairs(): return coloured_scenes(24, seed=77)
@@ -157,21 +153,20 @@ def test_prompted_is_the_same_model(clip, pairs):
     assert torch.equal(p(x), clip(x, PROMPTS[:4])) and not p.training
     assert clip.prompted('a red seven')(x).shape == (3, 1)
 
-@trained('clip_digits')
-def test_two_towers_know_prompts(pairs):
-    with torch.no_grad(): logits = load('clip_digits')(pairs.images, PROMPTS)
-    right, swapped = zoo.right_and_swapped(logits, pairs)
-    assert zoo.truth(pairs).gather(1, logits.argmax(1, keepdim=True)).mean() > .85 and (right.amin(1) > swapped.amax(1)).float().mean() > .85
+def test_two_towers_know_prompts(clip, pairs):
+    "One digit, as in training; and two, which it never saw (chance is 2 of 60)"
+    for s, least in ((coloured_scenes(60, 1, seed=78), .85), (pairs, .4)):
+        with torch.no_grad(): logits = clip(s.images.double(), PROMPTS)
+        assert zoo.truth(s).gather(1, logits.argmax(1, keepdim=True)).mean() > least
 
 def test_prompted_is_complete(clip, pairs):
     p, x = clip.prompted(['a red seven', 'something blue']), pairs.images[:2].double()
     assert abs(completeness_error(p, x)) < 1e-12 < 1e-3 < abs(completeness_error(p, x, rules='plain'))
     plan = layout(p, x)
-    assert plan.stages == list(clip.visual.blocks) and (plan.grid, plan.prefix) == ((8, 8), 4)
+    assert plan.stages == list(clip.visual.blocks) and (plan.grid, plan.prefix) == ((8, 8), 1)
 
-@trained('clip_digits')
-def test_the_map_lies_on_the_digit_of_the_prompt(pairs):
-    clip, on = load('clip_digits').double(), []
+def test_the_map_lies_on_the_digit_of_the_prompt(clip, pairs):
+    on = []
     for s, (mine, other) in ((pairs[i:i+1], pairs.prompts[i]) for i in range(len(pairs))):
         heat = explain(clip.prompted([mine, other]), s.images.double(), target=0).map.clamp_min(0)
         area = nn.functional.adaptive_max_pool2d(s.masks.double(), heat.shape[-2:])[0]
@@ -185,7 +180,6 @@ def test_a_strange_prompt_is_named():
 
 # A reader
 
-@trained('llama_recall')
 def test_the_reader_recalls():
     pytest.importorskip('transformers')
     model = load('llama_recall')
@@ -195,7 +189,7 @@ def test_the_reader_recalls():
 
 def test_the_reader_needs_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    with pytest.raises(ImportError, match='pip install transformers'): zoo.llama_recall()
+    with pytest.raises(ImportError, match='pip install transformers'): load('llama_recall')
 
 
 # Other models
@@ -210,7 +204,7 @@ def test_no_network_is_said(offline):
     with pytest.raises(RuntimeError, match='could not be fetched') as e: load('vit_tiny_patch16_224')
     assert all(w in str(e.value) for w in ['vit_tiny_patch16_224', 'HF_HUB_OFFLINE=1', *EMBEDDED])
 
-@pytest.mark.parametrize('name, close', [('vit_digit', 'vit_digits'), ('vit_tinny_patch16_224', 'vit_tiny_patch16_224'), ('qqqq', 'mixer_digits')])
+@pytest.mark.parametrize('name, close', [('vit_digit', 'vit_digits'), ('vit_tinny_patch16_224', 'vit_tiny_patch16_224'), ('qqqq', 'clip_digits')])
 def test_unknown_names(name, close):
     with pytest.raises(ValueError, match=close): load(name)
 
