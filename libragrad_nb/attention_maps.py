@@ -266,6 +266,7 @@ def legrad(
         with libra(rules='plain'): score, classes, each = _scores(s, output, target, of, data.last(), B, c)
         pooled = 'head' in places and s.heads[c] is _as_it_is
         with not_recomputed(): torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
+    s.outputs.clear()  # a hook of theirs holds `s`
     maps = _positive(gradients, pooled, len(each), B, s.inputs[0].shape[1], c)
     state = plan.state(s.inputs[0].shape, plan.stages[0])
     if state is None: raise NoAttention('LeGrad needs tokens in a row, and in this model their places are not certain')

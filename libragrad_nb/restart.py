@@ -66,6 +66,7 @@ class _Noted:
             kept, sealed = (bottlenecks([score], begun.node, nodes) if sure else [] for nodes in (tally.nodes, look.twins))
         self.choice = target if callable(target) else self.target
         self.score, self.begun, held = score.detach(), begun.leaf.detach(), [tally.held[i] for i in kept]
+        tally.close(); look.twins.clear()  # autograd holds `look.keep`
         if any(h._version != version for h, version in held): raise RuntimeError(
             'a block overwrote its input by an operation that torch functions do not show, so its input is gone')
         self.inputs, self.states = [h for h, _ in held], [tally.states[i] for i in kept]

@@ -250,6 +250,10 @@ class TokenTally(_Attention):
         self.terms = {term: new(len(kept), self.batch, n) for term in [*self.wanted, *self.readers]}
         self.row, self.seen = None, []
 
+    def close(self):
+        "Let go of the graph: its hooks hold this tally, and no garbage collector sees such a ring"
+        self.first, self.nodes, self.held, self.contexts, self.watchers = None, [], [], {}, []
+
 # %% ../nbs/10_trace.ipynb #573c59bc
 def carried(args, kwargs):
     "The argument of a block that carries the tokens: 0 for the first, or its name; None where there is none"
@@ -404,9 +408,10 @@ def trace(
     data = read_inputs(model, images)
     targets = target if isinstance(target, list) else [target]
     if not targets: raise ValueError('an empty list of targets: pass None for the predicted class')
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
         if data.x.is_inference(): data.x = data.x.clone()
         tally = TokenTally(len(data.x), layout(model, data.x), terms, _padded(data))
+        undo.callback(tally.close)
         with start(model, data) as begun, listen(tally), libra(model, rules, tally):
             output = data.call(model, data.x if data.text else begun.fed)
         with libra(rules='plain'):  # also inside a `libra` of the caller

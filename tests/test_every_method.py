@@ -1,4 +1,5 @@
 "Every method of the registry on every kind of model that it claims: it draws a map, or says what to use instead"
+import gc, weakref
 import pytest, torch
 from timm.models import Eva, MlpMixer, SwinTransformer, VisionTransformer
 
@@ -78,3 +79,22 @@ def test_no_rules_at_all_is_plain():
     for m in ('input_x_gradient', 'legrad'):
         empty, plain, libra = (explain(vit, images, 3, m, rules=r).map for r in ({}, 'plain', 'libra'))
         assert torch.equal(empty, plain) and not torch.allclose(empty, libra)
+
+class Mark(torch.autograd.Function):
+    "Its node lives as long as the graph that it is part of"
+    nodes = []
+    @staticmethod
+    def forward(ctx, x): Mark.nodes.append(weakref.ref(ctx)); return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g
+
+@pytest.mark.parametrize('name', methods)
+def test_no_graph_outlives_its_explanation(name):
+    "A graph whose hooks hold it is never freed: memory would grow with every call"
+    torch.manual_seed(0)
+    vit = MODELS['vit']().eval()
+    vit.patch_embed.register_forward_hook(lambda m, args, out: Mark.apply(out))
+    Mark.nodes.clear()
+    explain(vit, torch.randn(1, 3, 32, 32), 3, name, **{k: v for k, v in QUICK.items() if k in methods[name].options})
+    gc.collect()
+    assert Mark.nodes and not any(n() is not None for n in Mark.nodes)
