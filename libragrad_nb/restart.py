@@ -37,7 +37,7 @@ def in_front(modules, see):
 class _Look:
     "Notes token states: their places, the twins that blocks get, and whether they are inside a checkpoint"
     def __init__(self, tally): self.tally, self.places, self.twins, self.recomputed, self.saved = tally, [], [], [], 0
-    def keep(self, t): self.saved += 1; return t
+    def keep(self, t): self.saved += 1; return t.detach()  # an operation that kept its own output would hold itself
 
     def __call__(self, place, args, kwargs):
         if (key := carried(args, kwargs)) is None: return None
