@@ -380,12 +380,13 @@ def measure(model='vit_base_patch16_224', batch=2, repeats=7, device='cpu', seed
 
 def as_table(result):
     "Lines of text"
-    lines = [f'{"":48}{"seconds":>9}{"ratio":>8}  {"quartiles":<13}{"forward":>8}{"backward":>9}{"maps":>6}{"MiB":>9}']
+    wide = max(len(r['name']) for r in result['contestants'])
+    lines = [f'{"":{wide}}{"seconds":>9}{"ratio":>8}  {"quartiles":<13}{"by cpu":>8}{"forward":>9}{"backward":>9}{"maps":>6}{"MiB":>9}']
     for r in result['contestants']:
-        if 'absent' in r: lines.append(f'{r["name"]:48}  {r["absent"]}'); continue
+        if 'absent' in r: lines.append(f'{r["name"]:{wide}}  {r["absent"]}'); continue
         low, mid, high = r['ratio_quartiles']
-        lines.append(f'{r["name"]:48}{r["quartiles"][1]:9.3f}{mid:8.2f}  {f"{low:.2f}-{high:.2f}":<13}'
-                     f'{r["forward"]:8.4g}{r["backward"]:9.4g}{r["maps"]:6}{r["peak_mib"]:9.1f}')
+        lines.append(f'{r["name"]:{wide}}{r["quartiles"][1]:9.3f}{mid:8.2f}  {f"{low:.2f}-{high:.2f}":<13}'
+                     f'{r["cpu_ratio_quartiles"][1]:8.2f}{r["forward"]:9.4g}{r["backward"]:9.4g}{r["maps"]:6}{r["peak_mib"]:9.1f}')
     return '\n'.join(lines)
 
 def save(result, path):
