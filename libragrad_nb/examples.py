@@ -149,8 +149,8 @@ def _transforms(model):
 # %% ../nbs/20b_examples.ipynb #d2ded2a3
 def _numbers(path):
     "The class numbers of a mask [H, W]: red + 256*green of a colour picture, else its grey values"
-    array = np.array(Image.open(path))
-    return array[..., 0].astype(int) + 256*array[..., 1] if array.ndim == 3 else array.astype(int)
+    array = np.array(Image.open(path)).astype(int)
+    return array[..., 0] + 256*array[..., 1] if array.ndim == 3 else array
 
 def _object(numbers, value):
     "Where the object is and what to ignore (1000 in ImageNet-S): two pictures [H, W] of 0 and 255"
