@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'MODELS', 'METHODS', 'PAGE', 'percent', 'compare', 'picture', 'write', 'main']
 
 # %% ../nbs/23_demo.ipynb #439e78ab
-import argparse, base64, io, os
+import argparse, base64, os
 from pathlib import Path
 
 # %% ../nbs/23_demo.ipynb #e6db585f
@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../nbs/23_demo.ipynb #a6dce626
-from .explain import explain, heat
+from .colours import as_png, heat
+from .explain import explain
 from .metrics import average_precision, faithfulness
 from .zoo import load, scenes
 
@@ -36,8 +37,9 @@ def compare(
 ):                 # table, and an `Attribution` of all questions (scene by scene, both digits) by (model, method, rules)
     "Explain both digits of every scene with each model, method and rule set"
     rows, answers = [], {}
-    images, masks = s.images.repeat_interleave(2, 0), s.masks.flatten(0, 1)
-    target = s.labels.flatten()
+    images, masks, target = s.images.repeat_interleave(2, 0), s.masks.flatten(0, 1), s.labels.flatten()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    images, models = images.to(device), {name: model.to(device) for name, model in models.items()}
     runs = [(n, m, r) for n in models for m in methods for r in ('plain', 'libra')]
     for name, method, rules in tqdm(runs, disable=not progress, desc='explaining'):
         a = explain(models[name], images, target, method, rules)
@@ -84,10 +86,10 @@ highest are, on average over shares from none to nine tenths; 0.9 is the most th
 def write(s, table, answers, out='demo', method='fullgrad_plus'):
     "Write demo.png and demo.html into the folder `out`; returns both paths"
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO(); picture(s, answers, method).savefig(png, format='png', dpi=130)
-    html = PAGE.format(n=len(s), method=method, png=base64.b64encode(png.getvalue()).decode(),
+    png = as_png(picture(s, answers, method), dpi=130)
+    html = PAGE.format(n=len(s), method=method, png=base64.b64encode(png).decode(),
                        table=table.to_html(index=False, border=0, formatters=FORMAT))
-    for name, data in (('demo.png', png.getvalue()), ('demo.html', html.encode())):
+    for name, data in (('demo.png', png), ('demo.html', html.encode())):
         (out/f'{name}.part').write_bytes(data); os.replace(out/f'{name}.part', out/name)
     return out/'demo.png', out/'demo.html'
 
