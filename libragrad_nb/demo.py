@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'MODELS', 'METHODS', 'PAGE', 'percent', 'compare', 'picture', 'write', 'main']
 
 # %% ../nbs/23_demo.ipynb #439e78ab
-import argparse, base64, os
+import argparse, base64, io, os
 from pathlib import Path
 
 # %% ../nbs/23_demo.ipynb #e6db585f
@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../nbs/23_demo.ipynb #a6dce626
-from .colours import as_png, heat
+from .colours import heat
 from .explain import explain
 from .metrics import average_precision, faithfulness
 from .zoo import load, scenes
@@ -86,10 +86,10 @@ highest are, on average over shares from none to nine tenths; 0.9 is the most th
 def write(s, table, answers, out='demo', method='fullgrad_plus'):
     "Write demo.png and demo.html into the folder `out`; returns both paths"
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    png = as_png(picture(s, answers, method), dpi=130)
-    html = PAGE.format(n=len(s), method=method, png=base64.b64encode(png).decode(),
+    png = io.BytesIO(); picture(s, answers, method).savefig(png, format='png', dpi=130)
+    html = PAGE.format(n=len(s), method=method, png=base64.b64encode(png.getvalue()).decode(),
                        table=table.to_html(index=False, border=0, formatters=FORMAT))
-    for name, data in (('demo.png', png), ('demo.html', html.encode())):
+    for name, data in (('demo.png', png.getvalue()), ('demo.html', html.encode())):
         (out/f'{name}.part').write_bytes(data); os.replace(out/f'{name}.part', out/name)
     return out/'demo.png', out/'demo.html'
 
