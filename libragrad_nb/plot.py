@@ -41,7 +41,7 @@ def _error(lost, score):
     share = (lost/score).abs().item()
     return 'no account' if math.isnan(share) else f'error {share:.0%}' if share > .005 else f'error {share:.0e}'
 
-def _in_lines(name, most=12):
+def _in_lines(name, most=15):
     "A long name of a method over several lines"
     lines = ['']
     for part in re.split(r'(?<=[_ @])', name):
@@ -144,7 +144,8 @@ def _image_in_front(fig, axes, a, i, outline, title):
 def _cell(ax, a, i, limit, outline, above, left, scale):
     "One map, its name above and its account below"
     ax.axis('on'); ax.spines[:].set_visible(False)
-    drawn = heat(ax, a.rgb[i], a.map[i], _in_lines(above), limit, None if _signed(a) else _upper())
+    drawn = heat(ax, a.rgb[i], a.map[i], limit=limit, cmap=None if _signed(a) else _upper())
+    ax.set_title(_in_lines(above), fontsize=8)
     _outline(ax, outline)
     own = f'\nup to {limit:.2g}' if scale == 'map' else ''
     ax.set_xlabel(_error(a.completeness_error[i], a.score[i]) + own, fontsize=7.5); ax.set_ylabel(left, fontsize=9)
