@@ -4,31 +4,33 @@
 
 # %% auto #0
 __all__ = ['GOOD', 'BAD', 'MOST_PIXELS', 'FAMILY', 'OPS', 'View', 'terms_of', 'Explainer', 'mean_of', 'Answer', 'probabilities',
-           'removed', 'enlarged', 'draw_image', 'limit_of', 'called', 'draw_words', 'draw_ledger', 'kinds_of',
-           'verdict', 'draw', 'facts_html', 'ledger_html', 'read_image', 'top_classes', 'find_class', 'sentence',
-           'image_html', 'labelled', 'Panel', 'question_controls', 'Asking', 'Explorer', 'split_prompts',
-           'PromptExplorer', 'TextExplorer', 'Balance', 'balance', 'draw_balance', 'RuleLab']
+           'removed', 'called', 'limit_of', 'draw_image', 'draw_words', 'leaks_of', 'draw_ledger', 'verdict', 'draw',
+           'facts_html', 'ledger_html', 'read_image', 'top_classes', 'first_class', 'find_class', 'sentence', 'working',
+           'labelled', 'percent', 'image_html', 'Panel', 'question_controls', 'read_view', 'usual_blocks', 'Asking',
+           'hint_html', 'Explorer', 'split_prompts', 'PromptExplorer', 'TextExplorer', 'Balance', 'balance',
+           'draw_balance', 'says', 'RuleLab']
 
 # %% ../nbs/18_explore.ipynb #2b4b82ba
 import base64, html, io, math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 # %% ../nbs/18_explore.ipynb #e59fc104
 import ipywidgets as W
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 # %% ../nbs/18_explore.ipynb #5918245f
+from .colours import as_png, heat
 from .core import Tally, libra
-from .explain import Attribution, as_png, attribute, explain, heat
+from .explain import Attribution, _usual, attribute, explain
 from .gradient_maps import find_method, methods
 from .ledger import Ledger, ledger
-from .metrics import Removal, how_many, ranks, removable, without as without_patches
+from .plot import _bar, _signed, _upper, words
 from .presets import families, without
+from .removal import Removal, how_many, ranks, removable
 from .tokens import _logits, choose, read_inputs
 from .trace import NoAttention, as_function, trace
 
@@ -72,9 +74,10 @@ class Explainer:
         read_inputs(model, inputs)
         self.model, self.inputs = model, inputs
         self.attention = _has_attention(model, inputs[:1])
-        self.terms, self.L = terms_of(self.attention), 0
-        for f in (self.logits, self.trace, self.ledger, self.run): setattr(self, f.__name__, lru_cache(most)(f))
-        self.L = len(self.trace(*View().question).grids)
+        self.terms = terms_of(self.attention)
+        for f in (self.logits, self.trace, self.ledger, self.run, self.ask): setattr(self, f.__name__, lru_cache(most)(f))
+        first = self.trace(*View().question)
+        self.L, self.usual = len(first.grids), _usual(first)
 
     def x(self, which, last=None):
         "One input [1, ...]; of a text the words up to `last`"
@@ -87,6 +90,7 @@ class Explainer:
     def trace(self, which, last, target, off):
         return trace(self.model, self.x(which, last), target, View(off=off).rules, terms=self.terms)[0]
 
+    def ask(self, which, last): return Removal(self.model, self.x(which, last))
     def ledger(self, which, last, target, off): return _sheet(self.model, self.x(which, last), target, View(off=off).rules)
     def run(self, which, last, target, off, method):
         quiet = {'progress': False} if 'progress' in find_method(method)[0].options else {}
@@ -125,7 +129,7 @@ class Answer:
     sheet:Ledger           # or a sentence, where there can be none
     before:torch.Tensor    # [classes] probabilities
     after:torch.Tensor     # [classes] without the patches that are gone
-    gone:torch.Tensor      # [P] which patches are gone
+    gone:torch.Tensor      # [rows, cols] which patches are gone
     tolerance:float        # share of the score that rounding may lose
 
     @property
@@ -146,72 +150,63 @@ def probabilities(logits:torch.Tensor)->torch.Tensor:
 
 @torch.no_grad()
 def removed(
-    model,
-    x:torch.Tensor,    # one input [1, ...]
+    ask:Removal,       # a model and one input
     found:Attribution, # its map
     fraction:float,    # share of the patches that goes, most important first
-):                     # probabilities [classes], which patches are gone [P]
+):                     # probabilities [classes]; which patches are gone [rows, cols]
     "What the model says when the most important patches are gone"
-    ask = Removal(model, x)
-    can = removable(ask, found.target)
-    maps = F.adaptive_avg_pool2d(found.map.detach()[:, None].to(x.device), ask.state.grid)[:, 0].flatten(1)
-    gone = ranks(maps[None], can)[0, 0] < how_many(fraction, can.sum(1))[:, None]
-    logits = ask(torch.tensor([0]), lambda h: without_patches(h, gone, ask.state, ask.drop))
-    return probabilities(logits[0]).cpu(), gone[0].cpu()
+    can, grid = removable(ask, found.target), ask.state.grid
+    maps = F.adaptive_avg_pool2d(found.map[:, None].to(ask.data.x.device), grid)[:, 0]  # those of pixels are finer
+    gone = ranks(maps.flatten(1)[None], can)[0, 0] < how_many(fraction, can.sum(1))[:, None]
+    return probabilities(ask.without(torch.tensor([0]), gone)[0]).cpu(), gone.view(grid).cpu()
 
+# %% ../nbs/18_explore.ipynb #38c4cc6d
 def _answer(e, view):
-    found, before = e.attribution(view), probabilities(e.logits(view.which, view.last))
-    after, gone = removed(e.model, e.x(view.which, view.last), found, view.gone) if view.gone else (before, torch.zeros(found.map[0].numel(), dtype=torch.bool))
+    found, where = e.attribution(view), (view.which, view.last)
+    before = after = probabilities(e.logits(*where))
+    gone = torch.zeros(found.map.shape[1:], dtype=torch.bool)
+    if view.gone: after, gone = removed(e.ask(*where), found, view.gone)
     dtype = next(e.model.parameters(), found.map).dtype
     return Answer(found, e.ledger(*view.question), before, after, gone, {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, .1))
 
 # %% ../nbs/18_explore.ipynb #277481ed
-def enlarged(gone, grid, size): return F.interpolate(gone.float().view(1, 1, *grid), size=size)[0, 0] > .5
+GOOD, BAD = '#0072b2', '#d55e00'
+
+def called(k:int, names=None)->str: return str(k) if names is None or k >= len(names) else str(names[k])
+def limit_of(a, view): return view.scale*(a.found.map.abs().max().item() or 1.)
 
 def draw_image(axes, a:Answer, view:View, names=None):
     "The image without what is gone, and the map"
     found, rgb = a.found, a.found.rgb[0]
-    if view.gone: rgb = torch.where(enlarged(a.gone, _grid(a), rgb.shape[:2])[..., None], torch.tensor(.5), rgb)
-    axes[0].imshow(rgb); axes[0].axis('off')
+    gone = F.interpolate(a.gone[None, None].float(), rgb.shape[:2])[0, 0, ..., None] > .5
+    axes[0].imshow(torch.where(gone, torch.tensor(.5), rgb)); axes[0].axis('off')
     axes[0].set_title(f'{called(a.target, names)}: {a.after[a.target]:.1%}', fontsize=9)
-    drawn = heat(axes[1], found.rgb[0], found.map[0], f'{view.method}: {verdict(a)}', limit_of(a, view))
-    drawn.set_alpha(drawn.get_alpha()*view.opacity)
-    return drawn
-
-def _grid(a):
-    "Rows and columns of what was taken away"
-    rows, cols = a.found.map.shape[1:]
-    shrink = round(math.sqrt(rows*cols/len(a.gone)))
-    return rows//shrink, cols//shrink
-
-def limit_of(a, view): return view.scale*(a.found.map.abs().max().item() or 1.)
-def called(k, names): return f'{k}' if names is None or k >= len(names) or str(names[k]) == str(k) else f'{k} {names[k]}'
+    cmap = None if _signed(found) else _upper()
+    return heat(axes[1], rgb, found.map[0], f'{view.method}\n{verdict(a)}', limit_of(a, view), cmap, view.opacity)
 
 # %% ../nbs/18_explore.ipynb #796338ce
-def draw_words(ax, a:Answer, view:View, words):
-    "The words of a text in the colours of the map; what is gone is crossed out"
-    values = a.found.map[0, 0].cpu()
-    limit = limit_of(a, view)
-    drawn = ax.imshow(values[None], cmap='RdBu_r', vmin=-limit, vmax=limit, aspect='auto')
-    for k, word in enumerate(words[:len(values)]):
-        ink = 'w' if values[k].abs() > .6*limit else '#222'
-        ax.text(k, 0, word, ha='center', va='center', rotation=90, fontsize=9, color=ink)
-        if a.gone[k]: ax.plot([k - .4, k + .4], [.4, -.4], color='#222', lw=1.5)
-    ax.set(xticks=[], yticks=[]); ax.set_title(f'{view.method}: {verdict(a)}', fontsize=9)
-    return drawn
+def draw_words(a:Answer, view:View, labels:list, width=7):
+    "The words of a text in the colours of the map; a dash for what is gone"
+    left = ['—' if gone else word for word, gone in zip(labels, a.gone[0])]
+    return words({f'{view.method}: {verdict(a)}': a.found}, left, width, limit_of(a, view))
 
-def draw_ledger(ax, sheet, most=4):
-    "What every kind of operation loses (right) or makes up (left), as a share of the score"
-    ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(labelsize=8, left=False)
-    ax.set_title('lost at', fontsize=9)
-    if isinstance(sheet, str): ax.axis('off'); ax.text(0, .5, 'no ledger', transform=ax.transAxes); return
-    shares = kinds_of(sheet)[:most][::-1]
-    bars = ax.barh([name for name, _ in shares], [s for _, s in shares], color=['#d55e00' if s > 0 else '#0072b2' for _, s in shares])
-    ax.bar_label(bars, [f'{s:+.1%}' for _, s in shares], fontsize=7, padding=2)
-    top = max([abs(s) for _, s in shares] + [.01])
-    ax.set(xlim=(-1.6*top, 1.6*top), xticks=[]); ax.axvline(0, color='.5', lw=.8)
+# %% ../nbs/18_explore.ipynb #e504db31
+def leaks_of(sheet:Ledger, most=4)->list:
+    "For the kinds of operation that leak most: name, net share of the score, and the sum of the sizes of all calls"
+    rows = sheet.by('row').assign(size=lambda t: t.residual.abs())
+    kinds = rows.groupby('operation')[['residual', 'size']].sum().nlargest(most, 'size')/abs(sheet.score)
+    return [(name, net, size) for name, net, size in kinds.itertuples() if size > sheet.tolerance]
 
-def kinds_of(sheet): return list(sheet.by('operation').share.items())
+def draw_ledger(ax, sheet):
+    "A bar for each kind of operation that leaks"
+    ax.axis('off'); ax.set_title('leaks, of the score', fontsize=9)
+    if isinstance(sheet, str) or not (found := leaks_of(sheet)):
+        ax.text(.5, .5, 'no ledger' if isinstance(sheet, str) else 'none', ha='center', transform=ax.transAxes, fontsize=9); return
+    top = max(size for *_, size in found)
+    for k, (name, net, size) in enumerate(found):
+        ax.barh(-k, size/top, height=.35, color=BAD)
+        ax.text(0, .3 - k, f'{name} {size:.0%}, net {net:+.0%}', fontsize=7)
+    ax.set(xlim=(0, 1.6), ylim=(-3.6, .8))
 
 # %% ../nbs/18_explore.ipynb #f00a58dc
 def verdict(a:Answer)->str:
@@ -219,22 +214,18 @@ def verdict(a:Answer)->str:
     if math.isnan(a.lost): return '– no unit, nothing to add up'
     return f'{"✓" if a.adds_up else "✗"} {abs(a.lost):.2%} {"missing" if a.lost > 0 or a.adds_up else "too much"}'
 
-def draw(a:Answer, view:View, names=None, words=None, account=True, width=7):
-    "Figure of an answer; `words` where it is about a text, `account`: with the ledger"
+def draw(a:Answer, view:View, names=None, account=True, width=7):
+    "An answer about an image as a figure; `account`: with the ledger"
     import matplotlib.pyplot as plt
-    panels = 1 if words else 2
-    ratios = [2.6 if words else 1]*panels + [.9]*account
-    fig, axes = plt.subplots(1, len(ratios), figsize=(width, 1.7 if words else .36*width), width_ratios=ratios, squeeze=False, layout='constrained')
-    drawn = draw_words(axes[0, 0], a, view, words) if words else draw_image(axes[0], a, view, names)
-    bar = fig.colorbar(drawn, ax=axes[0, panels-1], fraction=.05, pad=.03, ticks=[-drawn.norm.vmax, 0, drawn.norm.vmax], format='%+.2g')
-    bar.solids.set_alpha(1); bar.ax.tick_params(labelsize=7)
-    if account: draw_ledger(axes[0, -1], a.sheet)
+    ratios = [1, 1.15] + [.9]*account
+    fig, axes = plt.subplots(1, len(ratios), figsize=(width, .95*width/sum(ratios)), width_ratios=ratios, layout='constrained')
+    drawn = draw_image(axes, a, view, names)
+    _bar(fig, drawn, axes[1], fraction=.05, pad=.03)
+    if account: draw_ledger(axes[-1], a.sheet)
     plt.close(fig)
     return fig
 
 # %% ../nbs/18_explore.ipynb #8be793ea
-GOOD, BAD = '#0072b2', '#d55e00'
-
 def facts_html(a:Answer, names=None, what='patches')->str:
     "The score, the verdict, the account, and what taking patches away does"
     f, colour = a.found, 'inherit' if math.isnan(a.lost) else GOOD if a.adds_up else BAD
@@ -242,19 +233,22 @@ def facts_html(a:Answer, names=None, what='patches')->str:
     account = '' if math.isnan(a.lost) else ' + '.join(f'{name} {value:.3f}' for name, value in parts.items())
     lines = [f'<b>{html.escape(called(a.target, names))}</b>: score <span class="score">{f.score.item():.3f}</span>, probability {a.before[a.target]:.1%}',
              f'<span class="verdict" style="font-size:1.6em;font-weight:bold;border-bottom:4px solid {colour}">{verdict(a)}</span>', account]
-    if a.gone.any(): lines.append(f'without {int(a.gone.sum())} of {len(a.gone)} {what}: <span class="after">{a.after[a.target]:.1%}</span>'
+    if a.gone.any(): lines.append(f'without {int(a.gone.sum())} of {a.gone.numel()} {what}: <span class="after">{a.after[a.target]:.1%}</span>'
                                   f', and the model says {html.escape(called(int(a.after.argmax()), names))}')
     return ''.join(f'<div style="line-height:1.5;margin:.4em 0">{l}</div>' for l in lines if l)
 
-def ledger_html(sheet, most=5)->str:
-    "What each kind of operation loses, as a table with bars"
+# %% ../nbs/18_explore.ipynb #eb666d1c
+def ledger_html(sheet)->str:
+    "What each kind of operation leaks on the way from the input to the score, as a table with bars"
     if isinstance(sheet, str): return f'<div>No ledger: {html.escape(sheet)}</div>'
-    shares = kinds_of(sheet)[:most]
-    top = max([abs(s) for _, s in shares] + [.01])
-    def row(name, s):
-        bar = f'<div style="height:.7em;width:{min(100, 100*abs(s)/top):.0f}%;background:{BAD if s > 0 else GOOD}"></div>'
-        return f'<tr><th scope="row" style="text-align:left;font-weight:normal">{html.escape(name)}</th><td style="text-align:right">{s:+.2%}</td><td style="width:6em">{bar}</td></tr>'
-    return '<table class="ledger" style="border-spacing:.6em 0"><caption style="text-align:left">Share of the score lost at</caption>' + ''.join(row(*s) for s in shares) + '</table>'
+    if not (found := leaks_of(sheet)): return '<div class="ledger">Ledger: no operation leaks.</div>'
+    top = max(size for *_, size in found)
+    def row(name, net, size):
+        bar = f'<div style="height:.7em;width:{100*size/top:.0f}%;background:{BAD}"></div>'
+        cells = ''.join(f'<td style="text-align:right">{v}</td>' for v in (f'{net:+.1%}', f'{size:.1%}'))
+        return f'<tr><th scope="row" style="text-align:left;font-weight:normal">{html.escape(name)}</th>{cells}<td style="width:6em">{bar}</td></tr>'
+    head = '<caption style="text-align:left">Ledger: leaks from input to score, shares of the score</caption><tr><th></th><th>net</th><th>sizes</th><th></th></tr>'
+    return f'<table class="ledger" style="border-spacing:.6em 0">{head}{"".join(row(*f) for f in found)}</table>'
 
 # %% ../nbs/18_explore.ipynb #7c7aa0a4
 MOST_PIXELS = 50_000_000
@@ -287,20 +281,24 @@ def _open(content):
     except Exception as e: raise ValueError(f'this picture is damaged: {e}') from e
 
 # %% ../nbs/18_explore.ipynb #dfe470da
-def top_classes(logits:torch.Tensor, names=None, k:int=5)->list:
-    "Pairs (words, class) of the `k` likeliest classes"
-    p = probabilities(logits)
-    return [(f'{called(c, names)}: {logits[c]:.2f} ({p[c]:.1%})', c) for c in logits.argsort(descending=True)[:k].tolist()]
+def top_classes(logits:torch.Tensor, names=None, k:int=5, also=None)->list:
+    "Pairs (words, class) of the `k` likeliest classes, and of one more"
+    p, best = probabilities(logits), logits.argsort(descending=True)[:k].tolist()
+    more = [] if also is None or also in best else [also]
+    return [(f'{called(c, names)}: {logits[c]:.2f} ({p[c]:.1%})', c) for c in best + more]
+
+def first_class(given, which:int, logits:torch.Tensor)->int:
+    "The class that is shown first of an input: the one given for it or for all, else the likeliest"
+    if getattr(given, 'ndim', isinstance(given, (list, tuple))): given = int(given[which]) if which < len(given) else None
+    return int(logits.argmax()) if given is None else find_class(str(int(given)), len(logits))
 
 def find_class(text:str, n:int, names=None)->int:
     "The class that a reader means: a number or a name"
     text, known = text.strip(), [str(name).lower() for name in names or []]
-    if text.lstrip('-').isdigit():
-        if 0 <= int(text) < n: return int(text)
-        raise ValueError(f'there is no class {text}: this model has classes 0 to {n-1}')
     if text.lower() in known: return known.index(text.lower())
-    raise ValueError(f'no class is called {text!r}: ' + (f'there are {", ".join(map(str, names[:12]))}{" ..." if len(names) > 12 else ""}' if names
-                                                         else f'give a number from 0 to {n-1}'))
+    if text.isdigit() and int(text) < n: return int(text)
+    there = f'{", ".join(map(str, names[:12]))}{" ..." if len(names) > 12 else ""}' if names else f'numbers from 0 to {n-1}'
+    raise ValueError(f'there is no class {text!r} in this model: there are {there}')
 
 # %% ../nbs/18_explore.ipynb #31c60579
 def sentence(e:Exception)->str:
@@ -309,141 +307,136 @@ def sentence(e:Exception)->str:
     text = str(e) if expected else f'{type(e).__name__}: {e}'
     return text[:1].upper() + text[1:] + ('' if text.endswith(('.', '?', '!')) else '.')
 
-def image_html(fig, alt):
-    return (f'<img alt="{html.escape(alt, quote=True)}" style="max-width:100%;border-radius:4px" '
-            f'src="data:image/png;base64,{base64.b64encode(as_png(fig, 100)).decode()}">')
+@contextmanager
+def working(say):
+    "Say so while something is computed, and what went wrong; warnings are said as well"
+    say('working …')
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter('always'); yield
+        say(*dict.fromkeys(str(w.message) for w in heard if w.category is UserWarning))
+    except Exception as e: say(f'✗ {sentence(e)} Shown is what worked last.')
 
+# %% ../nbs/18_explore.ipynb #72080af1
 def labelled(kind, text, tip='', width='310px', **kwargs):
     "A control with a label"
+    if issubclass(kind, (W.FloatSlider, W.IntRangeSlider, W.SelectionSlider, W.Text)): kwargs['continuous_update'] = False
     c = kind(description=text, tooltip=tip or text, layout=W.Layout(width=width), **kwargs)
     if hasattr(c.style, 'description_width'): c.style.description_width = '110px'
     return c
 
-# %% ../nbs/18_explore.ipynb #fced1a81
+def percent(text, tip, value, low=0., high=1.):
+    return labelled(W.FloatSlider, text, tip, value=value, min=low, max=high, step=.05, readout_format='.0%')
+
+def image_html(fig, alt):
+    "A figure as a picture that narrow pages shrink"
+    return (f'<img alt="{html.escape(alt, quote=True)}" style="max-width:100%;border-radius:4px" '
+            f'src="data:image/png;base64,{base64.b64encode(as_png(fig, 100)).decode()}">')
+
+# %% ../nbs/18_explore.ipynb #d4819709
 class Panel(W.VBox):
-    "Controls, a line that says what goes on, a picture, and numbers"
+    "Controls, a line that says what goes on, a picture, and numbers; a subclass says what happens in `react` and `refresh`"
     def __init__(self, controls:dict): # of widgets, by name
-        self.controls, self._quiet = controls, False
-        self.said, self.picture, self.numbers = W.HTML(), W.HTML(layout=W.Layout(max_width='100%')), W.HTML()
+        self.controls, self._busy = controls, True
+        self.said, self.picture, self.numbers = (W.HTML(layout=W.Layout(max_width='100%')) for _ in range(3))
         for name, c in dict(controls, said=self.said, picture=self.picture, numbers=self.numbers).items(): c.add_class(f'explore-{name}')
         wrap = W.Layout(flex_flow='row wrap', align_items='flex-start')
         super().__init__([W.Box([*controls.values()], layout=wrap), self.said, W.Box([self.picture, self.numbers], layout=wrap)])
-        self.add_class('explore')
-        for name, c in controls.items(): c.observe(lambda change, name=name: self._changed(name), 'value')
-        self._changed(None)
+        for name, c in controls.items(): c.observe(partial(self._changed, name), 'value')
+        self.react(None); self.refresh()
+        self._busy = False
 
-    def _changed(self, name):
-        if self._quiet: return
-        with self.working():
-            with self.quietly(): self.react(name)
-            self.refresh()
-
-    @contextmanager
-    def quietly(self):
-        "Set controls without an answer to each"
-        self._quiet = True
-        try: yield
-        finally: self._quiet = False
-
-    @contextmanager
-    def working(self):
-        "Say so while something is computed, and say what went wrong"
-        self.say('working …')
+    def _changed(self, name, change):
+        if self._busy: return
+        self._busy = True # what `react` sets asks nothing new
         try:
-            with warnings.catch_warnings(record=True) as heard:
-                warnings.simplefilter('always'); yield
-            self.say(*dict.fromkeys(f'{w.message}' for w in heard if w.category is UserWarning))
-        except Exception as e: self.say(f'✗ {sentence(e)} Shown is what worked last.')
+            with working(self.say): self.react(name); self.refresh()
+        finally: self._busy = False
 
     def say(self, *lines):
         text = '<br>'.join(html.escape(l) for l in lines)
         self.said.value = f'<div role="status" aria-live="polite" style="min-height:1.5em;line-height:1.5">{text}</div>'
 
-    def value(self, name): return self.controls[name].value if name in self.controls else getattr(View, name, None)
-    def react(self, name): "For subclasses: what else changes when a control does"
-    def refresh(self): "For subclasses: show the answer"
-    def show(self, fig, alt, numbers): self.picture.value, self.numbers.value = image_html(fig, alt), numbers
     def __repr__(self): return f'{type(self).__name__}: run the notebook to use it'
     def _repr_mimebundle_(self, **kwargs):
         "The live panel, and its picture for pages where nothing is alive"
-        bundle = super()._repr_mimebundle_(**kwargs) or {}
-        return {**bundle, 'image/png': base64.b64encode(as_png(self.figure(), 100)).decode()}
+        return {**super()._repr_mimebundle_(**kwargs), 'image/png': base64.b64encode(as_png(self.figure(), 100)).decode()}
 
 # %% ../nbs/18_explore.ipynb #1fd94ab5
 FAMILY = dict(activations='activations', attention='attention', layernorm='LayerNorm', gating='products')
 
-def question_controls(e:Explainer, method='fullgrad_plus')->dict:
+def question_controls(e:Explainer)->dict:
     "Controls for class, method, rules, blocks, scale and deletion"
     fits = {n: n if e.attention or not m.attention else f'{n} (needs attention)' for n, m in methods.items()}
-    names = sorted(fits, key=lambda n: fits[n] != n)
-    rules = {f'rule_{f}': labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'balance this family of operations, or leave it its plain gradient',
-                                   '190px', value=True, indent=False) for f in families()}
+    rules = {f'rule_{f}': labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
+             for f in families()}
+    whole = dict(min=0, max=max(0, e.L - 1), value=(0, max(0, e.L - 1)))
     return dict(
         target=labelled(W.Dropdown, 'class', 'which score is explained'),
-        other=labelled(W.Text, 'another class', 'a number or a name', continuous_update=False, placeholder='number or name'),
-        method=labelled(W.Dropdown, 'method', options=[(fits[n], n) for n in names], value=method), **rules,
-        blocks=labelled(W.IntRangeSlider, 'blocks', 'mean over these blocks, where the method has one', min=0, max=max(0, e.L - 1), value=(0, max(0, e.L - 1)), continuous_update=False),
-        scale=labelled(W.FloatSlider, 'full colour at', 'share of the largest value', value=1, min=.05, max=1, step=.05, readout_format='.0%', continuous_update=False),
-        gone=labelled(W.FloatSlider, 'take away', 'share of the patches or words, most important first', value=0, min=0, max=.95, step=.05, readout_format='.0%', continuous_update=False))
+        other=labelled(W.Text, 'another class', 'a number or a name', placeholder='number or name'),
+        method=labelled(W.Dropdown, 'method', options=[(fits[n], n) for n in sorted(fits, key=lambda n: fits[n] != n)], value=e.usual), **rules,
+        blocks=labelled(W.IntRangeSlider, 'blocks', 'the mean over these blocks, where the method has one', **whole),
+        scale=percent('full colour at', 'share of the largest value', 1., .05),
+        gone=percent('take away', 'share of the patches or words, most important first', 0., high=.95))
 
 # %% ../nbs/18_explore.ipynb #ba49edfb
+def read_view(controls:dict)->View:
+    "What the controls say"
+    off = tuple(f for f in families() if f'rule_{f}' in controls and not controls[f'rule_{f}'].value)
+    said = {k: controls[k].value for k in ('which', 'target', 'method', 'last', 'gone', 'scale', 'opacity') if k in controls}
+    return View(**said, off=off, blocks=None if controls['blocks'].disabled else controls['blocks'].value)
+
+def usual_blocks(name:str, L:int):
+    "First and last block of a method as it comes; None where it has no choice of blocks"
+    m, last = methods[name], max(0, L - 1)
+    if m.runs or 'block' not in m.options: return None
+    block = m.options['block']
+    return {'plus': (0, last), 'skip_plus': (L//2, last)}.get(block) or (block % L, block % L)
+
+# %% ../nbs/18_explore.ipynb #eb77dbbd
 class Asking(Panel):
     "A panel about an `Explainer`"
-    top, what = 5, 'patches'
-    def __init__(self, explainer, names=None, given=None, **first): # more controls, in front
-        self.explainer, self.names, self.given, self.answer = explainer, names, given, None
+    what = 'patches'
+    def __init__(self, explainer, names=None, given=None, **first): # names of the classes, first class, more controls in front
+        self.explainer, self.names, self.given = explainer, names, given
         super().__init__({**first, **question_controls(explainer)})
 
-    @property
-    def view(self):
-        "What the controls say"
-        blocks = self.value('blocks') if not self.controls['blocks'].disabled else None
-        off = tuple(f for f in families() if f'rule_{f}' in self.controls and not self.value(f'rule_{f}'))
-        return View(**{k: self.value(k) for k in ('which', 'target', 'method', 'last', 'gone', 'scale', 'opacity')}, blocks=blocks, off=off)
-
     def react(self, name):
-        if name in (None, 'which', 'last', 'upload', 'prompts'): self.offer_classes()
-        if name == 'other' and self.value('other').strip(): self.choose(find_class(self.value('other'), len(self.logits()), self.names))
+        if name in (None, 'which', 'last', 'upload', 'prompts', 'other'): self.offer_classes(name == 'other')
         if name in (None, 'method'): self.set_blocks()
 
-    def logits(self): return self.explainer.logits(self.value('which'), self.value('last'))
-
-    def offer_classes(self):
-        "The likeliest classes; the one that was given for this input is chosen, else the first"
-        self.controls['other'].value = ''
-        self.controls['target'].options = offered = top_classes(self.logits(), self.names, self.top)
-        given = self.given[self.value('which')] if isinstance(self.given, (torch.Tensor, list, tuple)) and self.value('which') < len(self.given) else self.given
-        if given is None or isinstance(given, (torch.Tensor, list, tuple)) and getattr(given, 'ndim', 1): self.controls['target'].value = offered[0][1]
-        else: self.choose(int(given))
-
-    def choose(self, c):
-        "Choose class `c`, also one that is not among the likeliest"
-        box = self.controls['target']
-        if c not in [value for _, value in box.options]: box.options = [*box.options, *[o for o in top_classes(self.logits(), self.names, None) if o[1] == c]]
+    def offer_classes(self, other):
+        "The likeliest classes; the one that is asked for, given, or else the likeliest is chosen"
+        box, text, view = self.controls['target'], self.controls['other'], read_view(self.controls)
+        logits = self.explainer.logits(view.which, view.last)
+        if other and not text.value.strip(): return
+        c = find_class(text.value, len(logits), self.names) if other else first_class(self.given, view.which, logits)
+        box.options = top_classes(logits, self.names, also=c)
         box.value = c
+        if not other: text.value = ''
 
     def set_blocks(self):
         "The blocks of the method as it comes; no choice where it has none"
-        m, L, box = methods[self.value('method')], self.explainer.L, self.controls['blocks']
-        box.disabled = m.runs or 'block' not in m.options
-        block = 'plus' if box.disabled else m.options['block']
-        box.value = {'plus': (0, L - 1), 'skip_plus': (L//2, L - 1)}.get(block) or (block % L, block % L)
+        box, blocks = self.controls['blocks'], usual_blocks(self.controls['method'].value, self.explainer.L)
+        box.disabled, box.value = blocks is None, blocks or (box.min, box.max)
 
-    def words(self): return None
-
+    def drawing(self, width, account): return draw(self.answer, self.view, self.names, account, width)
     def refresh(self):
-        self.answer = self.explainer.answer(view := self.view)
-        a, usual = self.answer, methods[view.method].rules
-        hint = f'<div>{view.method} usually runs with {usual} gradients: switch the rules off to see it so.</div>' if usual == 'plain' and len(view.off) < len(families()) else ''
-        fig = draw(a, view, self.names, self.words(), account=False, width=5.6)
-        self.shown = view
-        self.show(fig, f'{view.method} map of {called(a.target, self.names)}: {verdict(a)}', facts_html(a, self.names, self.what) + hint + ledger_html(a.sheet))
+        self.view = read_view(self.controls)
+        self.answer = a = self.explainer.answer(self.view)
+        self.picture.value = image_html(self.drawing(5.2, False), f'{self.view.method} map of {called(a.target, self.names)}: {verdict(a)}')
+        self.numbers.value = facts_html(a, self.names, self.what) + hint_html(self.view) + ledger_html(a.sheet)
 
     def figure(self, width=7):
         "The state of the panel as a picture"
-        return draw(self.answer, self.shown, self.names, self.words(), width=width)
+        return self.drawing(width, True)
 
-# %% ../nbs/18_explore.ipynb #eb77dbbd
+def hint_html(view):
+    "Methods that their authors run with plain gradients say so"
+    odd = methods[view.method].rules == 'plain' and len(view.off) < len(families())
+    return f'<div>{view.method} usually runs with plain gradients: switch the rules off to see it so.</div>' if odd else ''
+
+# %% ../nbs/18_explore.ipynb #31b69292
 class Explorer(Asking):
     "Ask a model about images: choose the class, the method, the rules, and take patches away"
     def __init__(self,
@@ -451,13 +444,11 @@ class Explorer(Asking):
         images:torch.Tensor, # [B, 3, H, W] as the model expects them
         target=None,         # a class, or one for each image [B], that is chosen first; None: the predicted one
         names=None,          # of the classes
-        **first,
+        **first,             # more controls
     ):
-        self.model = model
         which = labelled(W.Dropdown, 'image', options=[(f'image {i}', i) for i in range(len(images))])
-        super().__init__(Explainer(model, images), names, target, which=which, **first,
-            upload=W.FileUpload(accept='image/*', description='a picture of yours', tooltip='a picture file, transformed as the model expects'),
-            opacity=labelled(W.FloatSlider, 'opacity', 'of the colours', value=1, min=0, max=1, step=.05, readout_format='.0%', continuous_update=False))
+        upload = W.FileUpload(accept='image/*', description='a picture of yours', tooltip='a picture file, transformed as the model expects')
+        super().__init__(Explainer(model, images), names, target, which=which, **first, upload=upload, opacity=percent('opacity', 'of the colours', 1.))
 
     def react(self, name):
         if name == 'upload': self.add_upload()
@@ -465,9 +456,8 @@ class Explorer(Asking):
 
     def add_upload(self):
         "Put the file that was chosen behind the other images, and show it"
-        if not (files := self.value('upload')): return
+        files, e, which = self.controls['upload'].value, self.explainer, self.controls['which']
         self.controls['upload'].value = ()
-        e, which = self.explainer, self.controls['which']
         e.inputs = torch.cat([e.inputs, read_image(bytes(files[0]['content']), e.model, e.inputs)])
         which.options = [*which.options, (files[0]['name'], len(e.inputs) - 1)]
         which.value = len(e.inputs) - 1
@@ -481,22 +471,20 @@ def split_prompts(text:str)->list:
 
 class PromptExplorer(Explorer):
     "Ask two towers which part of an image fits a prompt"
-    top = None
     def __init__(self,
         towers,              # with `prompted(prompts)`, which gives a model from images to [B, P]
         images:torch.Tensor, # [B, 3, H, W]
         prompt:str,          # one, or several with commas between them
     ):
-        self.towers = towers
-        super().__init__(towers.prompted(split_prompts(prompt)), images, names=split_prompts(prompt),
-                         prompts=labelled(W.Text, 'prompts', 'several with commas between them', value=prompt, continuous_update=False))
+        self.towers, prompts = towers, split_prompts(prompt)
+        box = labelled(W.Text, 'prompts', 'several with commas between them', '630px', value=prompt)
+        super().__init__(towers.prompted(prompts), images, names=prompts, prompts=box)
 
     def react(self, name):
-        if name == 'prompts': self.ask(split_prompts(self.value('prompts')))
+        if name == 'prompts':
+            prompts = split_prompts(self.controls['prompts'].value)
+            self.explainer, self.names = Explainer(self.towers.prompted(prompts), self.explainer.inputs), prompts
         super().react(name)
-
-    def ask(self, prompts):
-        self.explainer, self.names = Explainer(self.towers.prompted(prompts), self.explainer.inputs), prompts
 
 # %% ../nbs/18_explore.ipynb #28249b8a
 class TextExplorer(Asking):
@@ -511,16 +499,16 @@ class TextExplorer(Asking):
         if [len(l) for l in labels] != [len(t) for t in tokens]: raise ValueError(f'labels must be {len(tokens)} lists of {tokens.shape[1]} strings')
         self.labels = labels
         which = labelled(W.Dropdown, 'text', options=[(' '.join(l)[:60], i) for i, l in enumerate(labels)])
-        last = labelled(W.SelectionSlider, 'reads up to', 'the next word is explained', options=self._places(0), value=tokens.shape[1] - 1, continuous_update=False)
+        last = labelled(W.SelectionSlider, 'reads up to', 'the next word is explained', options=self._places(0), value=tokens.shape[1] - 1)
         super().__init__(Explainer(model, tokens), names or _seen(tokens, labels), which=which, last=last)
 
     def _places(self, which): return [(f'{i + 1}: {w}', i) for i, w in enumerate(self.labels[which])]
-    def words(self): return self.labels[self.value('which')]
+    def drawing(self, width, account): return draw_words(self.answer, self.view, self.labels[self.view.which], width)
 
     def react(self, name):
         if name == 'which':
-            last = self.value('last')
-            self.controls['last'].options = self._places(self.value('which')); self.controls['last'].value = last
+            box, place = self.controls['last'], self.controls['last'].value
+            box.options = self._places(self.controls['which'].value); box.value = place
         super().react(name)
 
 def _seen(tokens, labels):
@@ -567,50 +555,52 @@ def balance(op:str, first:float, rules='libra')->Balance:
 def draw_balance(op:str, first:float, width=7):
     "The operation along its first number with both slopes, and both accounts"
     import matplotlib.pyplot as plt
-    (f, rest), both = OPS[op], dict(plain=balance(op, first, 'plain'), balanced=balance(op, first))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(width, .38*width), width_ratios=[1.2, 1], layout='constrained')
-    t = torch.linspace(-4, 4, 201)
-    left.plot(t, [f(torch.tensor([v.item(), *rest])).item() for v in t], color='.45', lw=2, label='output')
-    for (name, b), colour, dash in zip(both.items(), (BAD, GOOD), ('--', '-')):
-        left.plot(t, b.output + b.slope*(t - first), color=colour, ls=dash, lw=1.5, label=f'{name} slope')
-    y = both['plain'].output
-    left.plot([first], [y], 'o', color='k', ms=6)
-    low, high = left.dataLim.y0, left.dataLim.y1
-    curve = left.lines[0].get_ydata()
-    left.set(xlim=(-4, 4), ylim=(min(min(curve), -1) - .3, max(max(curve), 1) + .3), xlabel='first number of the input')
-    left.axhline(0, color='.7', lw=.6, zorder=0); left.axvline(0, color='.7', lw=.6, zorder=0)
-    left.legend(fontsize=7, frameon=False); left.spines[['top', 'right']].set_visible(False)
-    _draw_accounts(right, both, y)
+    both = dict(plain=balance(op, first, 'plain'), balanced=balance(op, first))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(width, .38*width), width_ratios=[1.1, 1], layout='constrained')
+    _draw_slopes(left, op, first, both); _draw_accounts(right, both)
     plt.close(fig)
     return fig
 
-def _draw_accounts(ax, both, y):
-    "For each rule set a bar that starts at 0 and takes each part in turn; the line is the output"
-    inks = ['#56b4e9', '#009e73', '#e69f00', '#999999']
+def _draw_slopes(ax, op, first, both):
+    "The curve, and through the point that is asked about a line for each gradient"
+    f, rest = OPS[op]
+    t = torch.linspace(-4, 4, 161)
+    y = torch.cat([f(torch.tensor([v, *rest])) for v in t.tolist()])
+    ax.plot(t, y, color='.45', lw=2, label='output')
+    for (name, b), colour, dash in zip(both.items(), (BAD, GOOD), ('--', '-')):
+        ax.plot(t, b.output + b.slope*(t - first), color=colour, ls=dash, lw=1.5, label=f'{name} slope')
+    ax.plot([first], [both['plain'].output], 'o', color='k', ms=6)
+    ax.set(xlim=(-4, 4), ylim=(min(y.min().item(), -1) - .3, max(y.max().item(), 1) + .3), xlabel='first number of the input')
+    ax.axhline(0, color='.7', lw=.6, zorder=0); ax.axvline(0, color='.7', lw=.6, zorder=0)
+    ax.legend(fontsize=7, frameon=False); ax.spines[['top', 'right']].set_visible(False)
+
+# %% ../nbs/18_explore.ipynb #332062b2
+def _draw_accounts(ax, both):
+    "For each gradient what it hands to each number of the input, one step after the other; the dotted line is the output"
+    inks = ['#56b4e9', '#009e73', '#e69f00', '#cc79a7']
     for row, b in enumerate(both.values()):
-        at = 0.
-        for k, part in enumerate([*b.parts, b.constant]):
-            ink = inks[-1] if k == len(b.parts) else inks[k]
-            label = None if row else 'constants' if k == len(b.parts) else f'input {k + 1}'
-            ax.barh(-row + .25 - .5*k/len(b.parts), part, height=.5/len(b.parts)*.9, left=at, color=ink, label=label)
-            at += part
-        ax.text(.02, -row + .42, f'missing {b.missing:+.3f}' if abs(b.missing) > 1e-9 else '✓ adds up', fontsize=8, transform=ax.get_yaxis_transform())
-    ax.axvline(y, color='k', lw=1.2, ls=':', label='output'); ax.axvline(0, color='.7', lw=.6)
-    ax.set(yticks=[0, -1], yticklabels=list(both), ylim=(-1.5, .75)); ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.margins(x=.15); ax.legend(fontsize=7, frameon=False, loc='lower center', ncols=3, bbox_to_anchor=(.5, 1))
+        at, parts = 0., {**{f'input {k + 1}': p for k, p in enumerate(b.parts)}, 'constants': b.constant}
+        for k, ((name, part), ink) in enumerate(zip(parts.items(), inks)):
+            ax.barh(-row - .12*k, part, height=.1, left=at, color=ink, label=None if row else name); at += part
+        ax.text(.02, .14 - row, says(b), fontsize=8, transform=ax.get_yaxis_transform())
+    ax.axvline(b.output, color='k', lw=1.2, ls=':', label='output'); ax.axvline(0, color='.7', lw=.6)
+    ax.set(yticks=[-.1, -1.1], yticklabels=list(both), ylim=(-1.6, .3)); ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.margins(x=.1); ax.legend(fontsize=7, frameon=False, loc='lower center', ncols=3, bbox_to_anchor=(.5, 1))
+
+def says(b:Balance): return '✓ adds up' if abs(b.missing) < 1e-9 else f'✗ {b.missing:+.4f} missing'
 
 # %% ../nbs/18_explore.ipynb #2a00804c
 class RuleLab(Panel):
     "One operation, one number to turn: the plain and the balanced gradient, and whether each adds up"
     def __init__(self):
         super().__init__(dict(op=labelled(W.Dropdown, 'operation', options=list(OPS), width='420px'),
-                              first=labelled(W.FloatSlider, 'input', value=-1., min=-4, max=4, step=.1, continuous_update=False)))
+                              first=labelled(W.FloatSlider, 'input', value=-1., min=-4, max=4, step=.1)))
 
+    def react(self, name): self.op, self.first = (self.controls[k].value for k in ('op', 'first'))
     def refresh(self):
-        op, first = self.value('op'), self.value('first')
-        rows = {name: balance(op, first, rules) for name, rules in (('plain', 'plain'), ('balanced', 'libra'))}
-        def says(b): return '✓ adds up' if abs(b.missing) < 1e-9 else f'✗ {b.missing:+.4f} missing'
-        numbers = ''.join(f'<div class="{name}">{name}: slope {b.slope:+.4f}, output {b.output:+.4f}, <b>{says(b)}</b></div>' for name, b in rows.items())
-        self.show(self.figure(6), f'{op} at {first:.1f}: plain {says(rows["plain"])}, balanced {says(rows["balanced"])}', numbers)
+        both = dict(plain=balance(self.op, self.first, 'plain'), balanced=balance(self.op, self.first))
+        self.picture.value = image_html(self.figure(6), f'{self.op} at {self.first:.1f}: ' + ', '.join(f'{name} {says(b)}' for name, b in both.items()))
+        self.numbers.value = ''.join(f'<div class="{name}" style="line-height:1.5">{name}: slope {b.slope:+.4f}, output {b.output:+.4f}, <b>{says(b)}</b></div>'
+                                     for name, b in both.items())
 
-    def figure(self, width=7): return draw_balance(self.value('op'), self.value('first'), width)
+    def figure(self, width=7): return draw_balance(self.op, self.first, width)

@@ -1,4 +1,4 @@
-"`still.py [--check]`: saved notebooks keep the picture of a widget, never the widget itself, which nothing answers for once its kernel is gone"
+"`still.py [--check] [NAME...]`: saved notebooks keep the picture of a widget, never the widget itself, which nothing answers for once its kernel is gone"
 import json, sys
 from pathlib import Path
 
@@ -12,8 +12,8 @@ def still(nb):
     return bool(nb['metadata'].pop('widgets', None)) or bool(found)
 
 def main(check='--check' in sys.argv):
-    bad = []
-    for p in sorted((ROOT/'nbs').glob('*.ipynb')):
+    only, bad = [a for a in sys.argv[1:] if a != '--check'], []
+    for p in [p for p in sorted((ROOT/'nbs').glob('*.ipynb')) if not only or p.stem in only]:
         nb = json.loads(p.read_text(encoding='utf-8'))
         if not still(nb): continue
         bad.append(p.name)
