@@ -76,7 +76,7 @@ class Pooled(nn.Module):
         if pool not in ('mean', 'cls') and not callable(pool): raise ValueError(
             f"pool must be 'mean', 'cls' or a function of hidden states [B, N, C] and mask [B, N], not {pool!r}")
         self.encoder, self.pool = encoder, pool
-        self.train(encoder.training)
+        self.training = encoder.training
 
     def forward(self, input_ids, attention_mask=None):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -158,9 +158,11 @@ def alike(
 # %% ../nbs/34_sentences.ipynb #aa439a0d
 def _prepare(encoder, tokenizer, first, second, pool):
     "The model, and both sentences read; errors say which one they mean"
+    if isinstance(encoder, nn.Sequential): raise TypeError(
+        'pass the transformer itself; of a SentenceTransformer that is model[0].auto_model, and its tokenizer model.tokenizer')
     if not getattr(tokenizer, 'is_fast', False): raise TypeError(
         'the tokenizer must be a fast one, which knows the word of every piece: AutoTokenizer.from_pretrained(name, use_fast=True)')
-    limits = getattr(tokenizer, 'model_max_length', None), getattr(encoder.config, 'max_position_embeddings', None)
+    limits = getattr(tokenizer, 'model_max_length', None), getattr(getattr(encoder, 'config', None), 'max_position_embeddings', None)
     texts, device = [], next(encoder.parameters()).device
     for name, s in (('first', first), ('second', second)):
         try: texts.append(read(tokenizer, s, min((l for l in limits if l), default=None), device))
