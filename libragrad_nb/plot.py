@@ -6,7 +6,7 @@
 __all__ = ['overlay', 'grid', 'filmstrip', 'words', 'pairs']
 
 # %% ../nbs/17_plot.ipynb #35fe29e6
-import math
+import math, re
 from collections.abc import Mapping
 
 # %% ../nbs/17_plot.ipynb #0f58ac4d
@@ -36,17 +36,24 @@ def _limits(
     return {k: top[groups[scale](k)] or 1. for k in cells}
 
 # %% ../nbs/17_plot.ipynb #7aef9501
-def _said(a, i, own_scale):
-    "What stands under a map: how far it is from adding up, and its largest value where the scale is its own"
-    lost = (a.completeness_error[i]/a.score[i]).abs().item()
-    error = 'no account' if math.isnan(lost) else f'error {lost:.0%}' if lost > .005 else f'error {lost:.0e}'
-    return error + (f', ±{a.map[i].abs().max():.2g}' if own_scale else '')
+def _error(lost, score):
+    "How far a map is from adding up, in words"
+    share = (lost/score).abs().item()
+    return 'no account' if math.isnan(share) else f'error {share:.0%}' if share > .005 else f'error {share:.0e}'
+
+def _in_lines(name, most=15):
+    "A long name of a method over several lines"
+    lines = ['']
+    for part in re.split(r'(?<=[_ @])', name):
+        if lines[-1] and len(lines[-1] + part) > most: lines.append('')
+        lines[-1] += part
+    return '\n'.join(lines)
 
 def _bar(fig, drawn, axes, label=None, **where):
     "A colour bar for what `heat` drew, in the units of the map"
     from matplotlib.cm import ScalarMappable
-    low, high = (drawn.norm.vmin, drawn.norm.vmax)
-    bar = fig.colorbar(ScalarMappable(drawn.norm, drawn.cmap), ax=axes, ticks=[low, 0, high], format='%+.2g', **where)
+    top = drawn.norm.vmax
+    bar = fig.colorbar(ScalarMappable(drawn.norm, drawn.cmap), ax=axes, ticks=[-top, 0, top], format='%+.2g', **where)
     bar.ax.tick_params(labelsize=7); bar.outline.set_visible(False)
     if label: bar.set_label(label, fontsize=8)
     return bar
@@ -110,7 +117,7 @@ def grid(
     wide = min(len(columns), wrap or len(columns)); bands = -(-len(columns)//wide)
     ratios = [1.35] + [1]*wide
     side = width/(sum(ratios) + .35*(scale != 'map'))
-    fig, axes = plt.subplots(bands*len(rows), wide + 1, figsize=(width, bands*len(rows)*(side + .36) + .1), squeeze=False, layout='constrained', width_ratios=ratios)
+    fig, axes = plt.subplots(bands*len(rows), wide + 1, figsize=(width, bands*len(rows)*(side + (.5 if scale == 'map' else .36)) + .1), squeeze=False, layout='constrained', width_ratios=ratios)
     for ax in axes.flat: ax.axis('off')
     _image_in_front(fig, axes, next(iter(cells.values())), i, outline, title)
     drawn = {}
@@ -132,13 +139,16 @@ def _image_in_front(fig, axes, a, i, outline, title):
     front = fig.add_subplot(axes[0, 0].get_gridspec()[:, 0])
     _picture(front, a, i, outline, title if title is not None else '' if a.target is None else f'target {a.target[i]}')
     front.spines[:].set_visible(False)
+    if len(axes) > 2: front.set_anchor('N')
 
 def _cell(ax, a, i, limit, outline, above, left, scale):
     "One map, its name above and its account below"
     ax.axis('on'); ax.spines[:].set_visible(False)
-    drawn = heat(ax, a.rgb[i], a.map[i], above, limit, None if _signed(a) else _upper())
+    drawn = heat(ax, a.rgb[i], a.map[i], limit=limit, cmap=None if _signed(a) else _upper())
+    ax.set_title(_in_lines(above), fontsize=8)
     _outline(ax, outline)
-    ax.set_xlabel(_said(a, i, scale == 'map'), fontsize=7.5); ax.set_ylabel(left, fontsize=9)
+    own = f'\nup to {limit:.2g}' if scale == 'map' else ''
+    ax.set_xlabel(_error(a.completeness_error[i], a.score[i]) + own, fontsize=7.5); ax.set_ylabel(left, fontsize=9)
     return drawn
 
 # %% ../nbs/17_plot.ipynb #ae662ff0
@@ -171,8 +181,7 @@ def _frame(ax, values, t, k, i, rgb, limit, left, above):
     ax.axis('on'); ax.spines[:].set_visible(False)
     paper = torch.ones(*(256*torch.tensor(t.grid)//max(t.grid)), 3) if rgb is None else rgb
     drawn = heat(ax, paper, values, above, limit)
-    lost = (t.completeness_error(k)[i]/t.score[i]).abs().item()
-    ax.set_xlabel(f'error {lost:.0%}' if lost > .005 else f'error {lost:.0e}', fontsize=7.5); ax.set_ylabel(left, fontsize=9)
+    ax.set_xlabel(_error(t.completeness_error(k)[i], t.score[i]), fontsize=7.5); ax.set_ylabel(left, fontsize=9)
     return drawn
 
 # %% ../nbs/17_plot.ipynb #6dffa073
