@@ -229,7 +229,7 @@ def pairs(
 ):
     "What each pair of words contributes"
     import matplotlib.pyplot as plt, seaborn as sns
-    values = torch.as_tensor(values).detach().cpu()
+    values = torch.as_tensor(values).detach().float().cpu()
     if values.shape != (len(rows), len(columns)): raise ValueError(f'values {list(values.shape)} for {len(rows)} rows and {len(columns)} columns')
     top = limit or values.abs().max().item() or 1.
     strong = np.where(values.abs() >= .15*top, np.vectorize('{:.2f}'.format)(values), '')
@@ -238,6 +238,7 @@ def pairs(
     sns.heatmap(values.numpy(), ax=ax, cmap=signed(), vmin=-top, vmax=top, annot=strong, fmt='', annot_kws=dict(size=7), linewidths=.5,
                 linecolor='none', xticklabels=columns, yticklabels=rows, cbar_kws=dict(fraction=.04, pad=.02, format='%+.2g', ticks=[-top, 0, top]))
     ax.tick_params(labelsize=8, length=0); plt.setp(ax.get_xticklabels(), rotation=40, ha='right', rotation_mode='anchor'); plt.setp(ax.get_yticklabels(), rotation=0)
+    for t, v in zip(ax.texts, values.flatten().tolist()): t.set_color(ink_on(signed()((v/top + 1)/2)))
     ax.collections[0].colorbar.ax.tick_params(labelsize=7)
     plt.close(fig)
     return fig
