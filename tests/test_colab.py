@@ -44,9 +44,11 @@ def test_a_cell_that_was_edited_or_moved_is_put_right(page):
 
 @pytest.mark.parametrize('code, found, plain', [
     ('import torch, timm\nfrom pathlib import Path', [], []), ('    try: from transformers import LlamaConfig', [], ['transformers']),
-    ('import quantus\nimport captum', ['black_box', 'quantus'], []), ("explain(vit, x, method='probe')", ['black_box'], [])])
+    ('import quantus\nimport captum', ['black_box', 'quantus'], []), ("explain(vit, x, method='probe')", ['black_box'], []),
+    ('import transformers\ntry: from an_encoder import A', ['text'], [])])
 def test_what_a_page_needs(code, found, plain):
-    cfg = SimpleNamespace(requirements='torch timm', d=dict(dev_requirements='captum transformers>=4', black_box_requirements='captum>=0.9', quantus_requirements='quantus'))
+    cfg = SimpleNamespace(requirements='torch timm', d=dict(dev_requirements='pytest captum>=0.9 transformers>=4', black_box_requirements='captum>=0.9', quantus_requirements='quantus',
+                                                            text_requirements='transformers>=4 an-encoder'))
     extras, others = colab.needs(code, ["@method('probe', runs=True)\ndef probe(): from captum import attr\n    import captum"], cfg)
     assert extras == found and [colab.module(r) for r in others] == plain
 

@@ -22,13 +22,13 @@ def extras(cfg): return {k.removesuffix('_requirements'): v.split() for k,v in c
 def source(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type=='code' and not ours(c))
 
 def needs(code, pages, cfg):
-    "What a page imports that does not come with the package: extras, and requirements that are no part of one"
+    "What a page imports that does not come with the package: extras that it needs all of, and single requirements"
     methods = {m: other for other in pages for m in re.findall(r"^@method\('(\w+)'", other, re.M)}  # a page that uses a method needs what the method does
     imported = packages(code).union(*(packages(other) for m,other in methods.items() if re.search(rf"['\"]{m}['\"]", code)))
     left,found = imported-{module(r) for r in cfg.requirements.split()},[]
     for extra,reqs in extras(cfg).items():
-        if extra!='dev' and (hit := left & {module(r) for r in reqs}): found.append(extra); left -= hit
-    return found,[r for r in extras(cfg)['dev'] if module(r) in left]
+        if (all_of := {module(r) for r in reqs})<=left: found.append(extra); left -= all_of
+    return found,list({module(r): r for reqs in extras(cfg).values() for r in reqs if module(r) in left}.values())
 
 def ours(cell): return cell.get('id') in (BADGE, INSTALL) or cell.source.startswith(MARK) or '[ -e /content ]' in cell.source
 
