@@ -9,8 +9,8 @@ from torch import nn
 from kinds import case
 from libragrad_nb import explain
 from libragrad_nb.adapters import as_quantus
-from libragrad_nb.metrics import (FRACTIONS, Removal, average_precision, completeness, enlarge, faithfulness, how_many, iou, pixel_accuracy, pointing_game,
-                                  ranks, removable, without)
+from libragrad_nb.metrics import FRACTIONS, average_precision, completeness, enlarge, faithfulness, iou, pixel_accuracy, pointing_game
+from libragrad_nb.removal import Removal, how_many, ranks, removable, without
 from libragrad_nb.zoo import load, scenes
 
 LOADED = 'quantus' in sys.modules
