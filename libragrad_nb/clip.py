@@ -64,8 +64,9 @@ def read(towers, prompts:list)->torch.Tensor:
 
 def spelled(towers, ids:torch.Tensor)->list:
     "The words of prompts, a list for each"
-    word = (lambda i: towers.tokenizer.decode([i]).strip()) if hasattr(towers, 'tokenizer') else WORDS.__getitem__
-    return [[word(i) for i in row] for row in ids.tolist()]
+    if not hasattr(towers, 'tokenizer'): return [[WORDS[i] for i in row] for row in ids.tolist()]
+    inner = getattr(towers.tokenizer, 'tokenizer', towers.tokenizer)  # open_clip wraps those of Hugging Face
+    return [[inner.decode([i]).strip() for i in row] for row in ids.tolist()]
 
 # %% ../nbs/32_clip.ipynb #08e3e3ab
 class Pictured(nn.Module):
