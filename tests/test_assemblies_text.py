@@ -6,7 +6,7 @@ import pytest, torch, torch.nn.functional as F
 from libragrad_nb import explain
 from libragrad_nb.clip import Pictured, load_towers, read as read_prompts, ready, spelled
 from libragrad_nb.core import LIBRA
-from libragrad_nb.llama import by_word, load_reader, read, tokens_of
+from libragrad_nb.llama import by_word, load_reader, read, spelled as tokens_spelled, tokens_of
 from libragrad_nb.scenes import VOCABULARY, coloured_scenes, recall
 from libragrad_nb.trace import trace
 
@@ -48,6 +48,7 @@ def test_reader_of_the_hub(hub, texts):
     assert (given['input_ids'][:, 0] == tokenizer.bos_token_id).all() and (owner[:, 0] == -1).all()
     for row, real, text in zip(given['input_ids'], given['attention_mask'], texts):
         assert row[real.bool()].tolist() == tokenizer(' '.join(text))['input_ids']
+        assert ''.join(tokens_spelled(row[real.bool()][None, 1:], tokenizer)[0]) == ''.join(text)
     for method in ('input_x_gradient', 'fullgrad_plus'):
         a = explain(model, given, method=method)
         assert (a.completeness_error/a.score).abs().max() < 1e-4
