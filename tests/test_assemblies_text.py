@@ -83,9 +83,10 @@ def test_embedded_reader():
 
 
 TEXT = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=2)
+IMAGE = dict(image_size=64, layers=2, width=32, patch_size=16, head_width=16)
 TOWERS = {
-    'clip': dict(embed_dim=32, vision_cfg=dict(image_size=64, layers=2, width=32, patch_size=16, head_width=16), text_cfg=TEXT),
-    'quick_gelu': dict(embed_dim=32, quick_gelu=True, vision_cfg=dict(image_size=64, layers=2, width=32, patch_size=16, head_width=16), text_cfg=TEXT),
+    'clip': dict(embed_dim=32, vision_cfg=IMAGE, text_cfg=TEXT),
+    'quick_gelu': dict(embed_dim=32, quick_gelu=True, vision_cfg=IMAGE, text_cfg=TEXT),
     'sigmoid': dict(embed_dim=192, init_logit_bias=-10, custom_text=True, text_cfg=TEXT, vision_cfg=dict(
         image_size=224, timm_model_name='vit_tiny_patch16_224', timm_model_pretrained=False, timm_pool='map', timm_proj='none')),
 }
