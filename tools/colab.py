@@ -7,15 +7,18 @@ from nbdev.config import get_config
 ROOT = Path(__file__).resolve().parents[1]
 BADGE, INSTALL = 'colab-badge', 'colab-install'  # ids of the two cells
 MARK = '[![Open In Colab]'
+IMPORTED_AS = {'open_clip_torch': 'open_clip', 'grad-cam': 'pytorch_grad_cam'}  # packages whose module has another name
 
 def notebooks(): return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
 
 def packages(code):
     "Top-level names that lines of code import"
     lines = re.findall(r'^ *(?:try: )?(?:from (\S+) import|import (.+))', code, re.M)
-    return {part.split()[0].split('.')[0] for one, several in lines for part in (one or several).split(',')}
+    return {part.split()[0].split('.')[0] for one, several in lines for part in (one or several).split(',') if part.strip()}
 
-def module(requirement): return re.split('[<>=!~]', requirement)[0].replace('-', '_')
+def module(requirement):
+    name = re.split('[<>=!~]', requirement)[0]
+    return IMPORTED_AS.get(name, name.replace('-', '_'))
 
 def extras(cfg): return {k.removesuffix('_requirements'): v.split() for k,v in cfg.d.items() if k.endswith('_requirements')}
 
