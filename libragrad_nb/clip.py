@@ -29,9 +29,7 @@ class OpenTowers(nn.Module):
 
     def prompted(self, prompts:list):
         "The image tower in front of fixed prompts"
-        model = Prompted(self, prompts)
-        if hasattr(self.visual, 'class_embedding'): model.num_prefix_tokens = 1
-        return model
+        return Prompted(self, prompts)
 
 # %% ../nbs/32_clip.ipynb #1ba69082
 def load_towers(
