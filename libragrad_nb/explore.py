@@ -342,6 +342,7 @@ class Panel(W.VBox):
         for name, c in dict(controls, said=self.said, picture=self.picture, numbers=self.numbers).items(): c.add_class(f'explore-{name}')
         wrap = W.Layout(flex_flow='row wrap', align_items='flex-start')
         super().__init__([W.Box([*controls.values()], layout=wrap), self.said, W.Box([self.picture, self.numbers], layout=wrap)])
+        self.add_class('explore')
         for name, c in controls.items(): c.observe(partial(self._changed, name), 'value')
         self.react(None); self.refresh()
         self._busy = False
