@@ -58,11 +58,6 @@ def terms_of(attention:bool)->tuple:
     "What a trace must note for every method that reads one; `attention`: also for those that need attention matrices"
     return tuple(dict.fromkeys(t for m in methods.values() if not m.runs and (attention or not m.attention) for t in m.wants()))
 
-def _has_attention(model, x):
-    try: trace(model, x, terms=terms_of(True))
-    except NoAttention: return False
-    return True
-
 # %% ../nbs/18_explore.ipynb #bc091445
 class Explainer:
     "A model and its inputs; the last `most` answers are kept"
@@ -73,10 +68,12 @@ class Explainer:
     ):
         read_inputs(model, inputs)
         self.model, self.inputs = model, inputs
-        self.attention = _has_attention(model, inputs[:1])
-        self.terms = terms_of(self.attention)
+        self.attention, self.terms = True, terms_of(True)
         for f in (self.logits, self.trace, self.ledger, self.run, self.ask): setattr(self, f.__name__, lru_cache(most)(f))
-        first = self.trace(*View().question)
+        try: first = self.trace(*View().question)
+        except NoAttention:
+            self.attention, self.terms = False, terms_of(False)
+            first = self.trace(*View().question)
         self.L, self.usual = len(first.grids), _usual(first)
 
     def x(self, which, last=None):
@@ -231,7 +228,8 @@ def facts_html(a:Answer, names=None, what='patches')->str:
     f, colour = a.found, 'inherit' if math.isnan(a.lost) else GOOD if a.adds_up else BAD
     parts = dict(map=f.map.sum(), prefix=f.prefix.sum(), unplaced=f.unplaced.sum(), missing=f.completeness_error.sum())
     account = '' if math.isnan(a.lost) else ' + '.join(f'{name} {value:.3f}' for name, value in parts.items())
-    lines = [f'<b>{html.escape(called(a.target, names))}</b>: score <span class="score">{f.score.item():.3f}</span>, probability {a.before[a.target]:.1%}',
+    said = f'score <span class="score">{f.score.item():.3f}</span>, probability {a.before[a.target]:.1%}'
+    lines = [f'<b>{html.escape(called(a.target, names))}</b>: {said}',
              f'<span class="verdict" style="font-size:1.6em;font-weight:bold;border-bottom:4px solid {colour}">{verdict(a)}</span>', account]
     if a.gone.any(): lines.append(f'without {int(a.gone.sum())} of {a.gone.numel()} {what}: <span class="after">{a.after[a.target]:.1%}</span>'
                                   f', and the model says {html.escape(called(int(a.after.argmax()), names))}')
@@ -247,8 +245,8 @@ def ledger_html(sheet)->str:
         bar = f'<div style="height:.7em;width:{100*size/top:.0f}%;background:{BAD}"></div>'
         cells = ''.join(f'<td style="text-align:right">{v}</td>' for v in (f'{net:+.1%}', f'{size:.1%}'))
         return f'<tr><th scope="row" style="text-align:left;font-weight:normal">{html.escape(name)}</th>{cells}<td style="width:6em">{bar}</td></tr>'
-    head = '<caption style="text-align:left">Ledger: leaks from input to score, shares of the score</caption><tr><th></th><th>net</th><th>sizes</th><th></th></tr>'
-    return f'<table class="ledger" style="border-spacing:.6em 0">{head}{"".join(row(*f) for f in found)}</table>'
+    head = ''.join(f'<th scope="col">{h}</th>' for h in ('at', 'net', 'sizes', ''))
+    return f'<table class="ledger" style="border-spacing:.6em 0"><caption style="text-align:left">Ledger: leaks, as shares of the score</caption><tr>{head}</tr>{"".join(row(*f) for f in found)}</table>'
 
 # %% ../nbs/18_explore.ipynb #7c7aa0a4
 MOST_PIXELS = 50_000_000
@@ -260,7 +258,8 @@ def read_image(
 )->torch.Tensor:        # [1, 3, H, W]
     "A picture as the model expects it"
     cfg = getattr(model, 'pretrained_cfg', None)
-    if not cfg: raise ValueError('this model does not say what images it expects (pretrained_cfg): transform the picture yourself, and pass it to Explorer')
+    if not cfg: raise ValueError(
+        'this model does not say what images it expects (pretrained_cfg): transform the picture yourself, and pass it to Explorer')
     picture = _open(content)
     from timm.data import create_transform, resolve_data_config
     given = cfg if isinstance(cfg, dict) else cfg.to_dict()
@@ -369,8 +368,8 @@ FAMILY = dict(activations='activations', attention='attention', layernorm='Layer
 def question_controls(e:Explainer)->dict:
     "Controls for class, method, rules, blocks, scale and deletion"
     fits = {n: n if e.attention or not m.attention else f'{n} (needs attention)' for n, m in methods.items()}
-    rules = {f'rule_{f}': labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
-             for f in families()}
+    def switch(f): return labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
+    rules = {f'rule_{f}': switch(f) for f in families()}
     whole = dict(min=0, max=max(0, e.L - 1), value=(0, max(0, e.L - 1)))
     return dict(
         target=labelled(W.Dropdown, 'class', 'which score is explained'),
@@ -601,7 +600,7 @@ class RuleLab(Panel):
     def refresh(self):
         both = dict(plain=balance(self.op, self.first, 'plain'), balanced=balance(self.op, self.first))
         self.picture.value = image_html(self.figure(6), f'{self.op} at {self.first:.1f}: ' + ', '.join(f'{name} {says(b)}' for name, b in both.items()))
-        self.numbers.value = ''.join(f'<div class="{name}" style="line-height:1.5">{name}: slope {b.slope:+.4f}, output {b.output:+.4f}, <b>{says(b)}</b></div>'
-                                     for name, b in both.items())
+        def row(name, b): return f'{name}: slope {b.slope:+.4f}, output {b.output:+.4f}, <b>{says(b)}</b>'
+        self.numbers.value = ''.join(f'<div class="{name}" style="line-height:1.5">{row(name, b)}</div>' for name, b in both.items())
 
     def figure(self, width=7): return draw_balance(self.op, self.first, width)
