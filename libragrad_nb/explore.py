@@ -209,13 +209,13 @@ def draw_ledger(ax, sheet):
 def verdict(a:Answer)->str:
     "Whether the map adds up to the score, and what is missing"
     if math.isnan(a.lost): return '– no unit, nothing to add up'
-    return f'{"✓" if a.adds_up else "✗"} {abs(a.lost):.2%} {"missing" if a.lost > 0 or a.adds_up else "too much"}'
+    return f'{"✓ adds up," if a.adds_up else "✗"} {abs(a.lost):.2%} {"missing" if a.lost > 0 or a.adds_up else "too much"}'
 
 def draw(a:Answer, view:View, names=None, account=True, width=7):
     "An answer about an image as a figure; `account`: with the ledger"
     import matplotlib.pyplot as plt
     ratios = [1, 1.15] + [.9]*account
-    fig, axes = plt.subplots(1, len(ratios), figsize=(width, .95*width/sum(ratios)), width_ratios=ratios, layout='constrained')
+    fig, axes = plt.subplots(1, len(ratios), figsize=(width, 1.1*width/sum(ratios)), width_ratios=ratios, layout='constrained')
     drawn = draw_image(axes, a, view, names)
     _bar(fig, drawn, axes[1], fraction=.05, pad=.03)
     if account: draw_ledger(axes[-1], a.sheet)
@@ -328,9 +328,11 @@ def percent(text, tip, value, low=0., high=1.):
     return labelled(W.FloatSlider, text, tip, value=value, min=low, max=high, step=.05, readout_format='.0%')
 
 def image_html(fig, alt):
-    "A figure as a picture that narrow pages shrink"
+    "A figure as a picture that narrow pages shrink; quickly made, since nobody keeps it"
+    file = io.BytesIO()
+    fig.savefig(file, format='png', dpi=100, pil_kwargs=dict(compress_level=1))
     return (f'<img alt="{html.escape(alt, quote=True)}" style="max-width:100%;border-radius:4px" '
-            f'src="data:image/png;base64,{base64.b64encode(as_png(fig, 100)).decode()}">')
+            f'src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
 
 # %% ../nbs/18_explore.ipynb #d4819709
 class Panel(W.VBox):
@@ -340,7 +342,8 @@ class Panel(W.VBox):
         self.said, self.picture, self.numbers = (W.HTML(layout=W.Layout(max_width='100%')) for _ in range(3))
         for name, c in dict(controls, said=self.said, picture=self.picture, numbers=self.numbers).items(): c.add_class(f'explore-{name}')
         wrap = W.Layout(flex_flow='row wrap', align_items='flex-start')
-        super().__init__([W.Box([*controls.values()], layout=wrap), self.said, W.Box([self.picture, self.numbers], layout=wrap)])
+        rows = [W.Box([c for name, c in controls.items() if name.startswith('rule_') == rules], layout=wrap) for rules in (False, True)]
+        super().__init__([*rows, self.said, W.Box([self.picture, self.numbers], layout=wrap)])
         self.add_class('explore')
         for name, c in controls.items(): c.observe(partial(self._changed, name), 'value')
         self.react(None); self.refresh()
@@ -397,12 +400,13 @@ def usual_blocks(name:str, L:int):
 class Asking(Panel):
     "A panel about an `Explainer`"
     what = 'patches'
-    def __init__(self, explainer, names=None, given=None, **first): # names of the classes, first class, more controls in front
+    def __init__(self, explainer, names=None, given=None, first={}, more={}): # names of the classes, first class, controls in front and behind
         self.explainer, self.names, self.given = explainer, names, given
-        super().__init__({**first, **question_controls(explainer)})
+        super().__init__({**first, **question_controls(explainer), **more})
 
     def react(self, name):
         if name in (None, 'which', 'last', 'upload', 'prompts', 'other'): self.offer_classes(name == 'other')
+        if name == 'target': self.controls['other'].value = ''
         if name in (None, 'method'): self.set_blocks()
 
     def offer_classes(self, other):
@@ -444,11 +448,13 @@ class Explorer(Asking):
         images:torch.Tensor, # [B, 3, H, W] as the model expects them
         target=None,         # a class, or one for each image [B], that is chosen first; None: the predicted one
         names=None,          # of the classes
-        **first,             # more controls
+        first={},            # more controls
     ):
+        upload = W.FileUpload(accept='image/*', description='a picture of yours', tooltip='a picture file, transformed as the model expects',
+                              layout=W.Layout(width='200px'))
         which = labelled(W.Dropdown, 'image', options=[(f'image {i}', i) for i in range(len(images))])
-        upload = W.FileUpload(accept='image/*', description='a picture of yours', tooltip='a picture file, transformed as the model expects')
-        super().__init__(Explainer(model, images), names, target, which=which, **first, upload=upload, opacity=percent('opacity', 'of the colours', 1.))
+        super().__init__(Explainer(model, images), names, target, {**first, 'which': which, 'upload': upload},
+                         dict(opacity=percent('opacity', 'of the colours', 1.)))
 
     def react(self, name):
         if name == 'upload': self.add_upload()
@@ -478,7 +484,7 @@ class PromptExplorer(Explorer):
     ):
         self.towers, prompts = towers, split_prompts(prompt)
         box = labelled(W.Text, 'prompts', 'several with commas between them', '630px', value=prompt)
-        super().__init__(towers.prompted(prompts), images, names=prompts, prompts=box)
+        super().__init__(towers.prompted(prompts), images, names=prompts, first=dict(prompts=box))
 
     def react(self, name):
         if name == 'prompts':
@@ -500,7 +506,7 @@ class TextExplorer(Asking):
         self.labels = labels
         which = labelled(W.Dropdown, 'text', options=[(' '.join(l)[:60], i) for i, l in enumerate(labels)])
         last = labelled(W.SelectionSlider, 'reads up to', 'the next word is explained', options=self._places(0), value=tokens.shape[1] - 1)
-        super().__init__(Explainer(model, tokens), names or _seen(tokens, labels), which=which, last=last)
+        super().__init__(Explainer(model, tokens), names or _seen(tokens, labels), first=dict(which=which, last=last))
 
     def _places(self, which): return [(f'{i + 1}: {w}', i) for i, w in enumerate(self.labels[which])]
     def drawing(self, width, account): return draw_words(self.answer, self.view, self.labels[self.view.which], width)
