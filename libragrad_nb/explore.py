@@ -108,8 +108,8 @@ def _attribution(e, view):
     if m.attention and not e.attention: raise NoAttention(
         f'{m.name} reads attention matrices over all tokens, and this model has none: choose another method')
     if m.runs: return e.run(*view.question, view.method)
-    names = [m.name] if view.blocks is None or 'block' not in m.options else [f'{m.name}@{b}' for b in range(view.blocks[0], view.blocks[1] + 1)]
-    return mean_of([attribute(e.model, e.trace(*view.question), name) for name in names])
+    places = [''] if view.blocks is None or 'block' not in m.options else [f'@{b}' for b in range(view.blocks[0], view.blocks[1] + 1)]
+    return replace(mean_of([attribute(e.model, e.trace(*view.question), m.name + p) for p in places]), method=m.name)
 
 def _sheet(model, x, target, rules):
     "The ledger of a view, or a sentence where it cannot be drawn up"
@@ -295,7 +295,7 @@ def find_class(text:str, n:int, names=None)->int:
     "The class that a reader means: a number or a name"
     text, known = text.strip(), [str(name).lower() for name in names or []]
     if text.lower() in known: return known.index(text.lower())
-    if text.isdigit() and int(text) < n: return int(text)
+    if text.isdecimal() and int(text) < n: return int(text)
     there = f'{", ".join(map(str, names[:12]))}{" ..." if len(names) > 12 else ""}' if names else f'numbers from 0 to {n-1}'
     raise ValueError(f'there is no class {text!r} in this model: there are {there}')
 
@@ -394,7 +394,7 @@ def usual_blocks(name:str, L:int):
     m, last = methods[name], max(0, L - 1)
     if m.runs or 'block' not in m.options: return None
     block = m.options['block']
-    return {'plus': (0, last), 'skip_plus': (L//2, last)}.get(block) or (block % L, block % L)
+    return {'plus': (0, last), 'skip_plus': (L//2, last)}.get(block) or (block % max(1, L),)*2
 
 # %% ../nbs/18_explore.ipynb #eb77dbbd
 class Asking(Panel):

@@ -46,6 +46,10 @@ def readme():
     "README.md is what nbs/index.ipynb gives"
     return run(sys.executable, 'tools/readme.py', '--check')
 
+def still():
+    "saved notebooks hold pictures of widgets, no widgets"
+    return run(sys.executable, 'tools/still.py', '--check')
+
 def executed():
     "every notebook runs from top to bottom"
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}  # one thread each: two notebooks share the cores
@@ -62,7 +66,7 @@ def pytest():
     return run(sys.executable, '-m', 'pytest', 'tests', '-q', HF_HUB_OFFLINE='1')
 
 def main():
-    checks,failed = [exported, size, sidebar, readme, executed, pytest],[]
+    checks,failed = [exported, size, sidebar, readme, still, executed, pytest],[]
     for f in checks:
         print(f'\n== {f.__name__}: {f.__doc__}', flush=True)
         if not f(): failed.append(f)
