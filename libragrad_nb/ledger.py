@@ -487,7 +487,7 @@ def _draw_blocks(ax, sheet):
         if not names[lo] or hi - lo < n/40: continue
         ax.axvspan(lo/n, hi/n, color='0.5', alpha=.12 if i % 2 else .05, lw=0)
         number, top = names[lo].rpartition('.')[2], ax.get_xaxis_transform()
-        ax.text((lo + hi)/2/n, 1, number, transform=top, ha='center', va='bottom', fontsize=8, color='0.4')
+        ax.text((lo + hi)/2/n, 1, number, transform=top, ha='center', va='bottom', fontsize=8, alpha=.8)
 
 # %% ../nbs/06_ledger.ipynb #5cfe1557
 _names = '''log log2 log10 log_ logit logsumexp log_softmax logaddexp logaddexp2 logcumsumexp prod cumprod cross kron multi_dot chain_matmul

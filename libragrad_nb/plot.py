@@ -41,7 +41,7 @@ def _error(lost, score):
     share = (lost/score).abs().item()
     return 'no account' if math.isnan(share) else f'error {share:.0%}' if share > .005 else f'error {share:.0e}'
 
-def _in_lines(name, most=12):
+def _in_lines(name, most=15):
     "A long name of a method over several lines"
     lines = ['']
     for part in re.split(r'(?<=[_ @])', name):
@@ -144,7 +144,8 @@ def _image_in_front(fig, axes, a, i, outline, title):
 def _cell(ax, a, i, limit, outline, above, left, scale):
     "One map, its name above and its account below"
     ax.axis('on'); ax.spines[:].set_visible(False)
-    drawn = heat(ax, a.rgb[i], a.map[i], _in_lines(above), limit, None if _signed(a) else _upper())
+    drawn = heat(ax, a.rgb[i], a.map[i], limit=limit, cmap=None if _signed(a) else _upper())
+    ax.set_title(_in_lines(above), fontsize=8)
     _outline(ax, outline)
     own = f'\nup to {limit:.2g}' if scale == 'map' else ''
     ax.set_xlabel(_error(a.completeness_error[i], a.score[i]) + own, fontsize=7.5); ax.set_ylabel(left, fontsize=9)
@@ -228,7 +229,7 @@ def pairs(
 ):
     "What each pair of words contributes"
     import matplotlib.pyplot as plt, seaborn as sns
-    values = torch.as_tensor(values).detach().cpu()
+    values = torch.as_tensor(values).detach().float().cpu()
     if values.shape != (len(rows), len(columns)): raise ValueError(f'values {list(values.shape)} for {len(rows)} rows and {len(columns)} columns')
     top = limit or values.abs().max().item() or 1.
     strong = np.where(values.abs() >= .15*top, np.vectorize('{:.2f}'.format)(values), '')
@@ -237,6 +238,7 @@ def pairs(
     sns.heatmap(values.numpy(), ax=ax, cmap=signed(), vmin=-top, vmax=top, annot=strong, fmt='', annot_kws=dict(size=7), linewidths=.5,
                 linecolor='none', xticklabels=columns, yticklabels=rows, cbar_kws=dict(fraction=.04, pad=.02, format='%+.2g', ticks=[-top, 0, top]))
     ax.tick_params(labelsize=8, length=0); plt.setp(ax.get_xticklabels(), rotation=40, ha='right', rotation_mode='anchor'); plt.setp(ax.get_yticklabels(), rotation=0)
+    for t, v in zip(ax.texts, values.flatten().tolist()): t.set_color(ink_on(signed()((v/top + 1)/2)))
     ax.collections[0].colorbar.ax.tick_params(labelsize=7)
     plt.close(fig)
     return fig
