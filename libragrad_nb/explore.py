@@ -106,7 +106,7 @@ def _attribution(e, view):
     "The map of a view"
     m, _ = find_method(view.method)
     if m.attention and not e.attention: raise NoAttention(
-        f'{m.name} reads attention matrices over all tokens, and this model has none: choose another method')
+        f'the method {m.name} reads attention matrices over all tokens, and this model has none: choose another one')
     if m.runs: return e.run(*view.question, view.method)
     places = [''] if view.blocks is None or 'block' not in m.options else [f'@{b}' for b in range(view.blocks[0], view.blocks[1] + 1)]
     return replace(mean_of([attribute(e.model, e.trace(*view.question), m.name + p) for p in places]), method=m.name)
@@ -176,7 +176,7 @@ def draw_image(axes, a:Answer, view:View, names=None):
     "The image without what is gone, and the map"
     found, rgb = a.found, a.found.rgb[0]
     gone = F.interpolate(a.gone[None, None].float(), rgb.shape[:2])[0, 0, ..., None] > .5
-    axes[0].imshow(torch.where(gone, torch.tensor(.5), rgb)); axes[0].axis('off')
+    axes[0].imshow(torch.where(gone, torch.tensor(.5), rgb).numpy()); axes[0].axis('off')
     axes[0].set_title(f'{called(a.target, names)}: {a.after[a.target]:.1%}', fontsize=9)
     cmap = None if _signed(found) else _upper()
     return heat(axes[1], rgb, found.map[0], f'{view.method}\n{verdict(a)}', limit_of(a, view), cmap, view.opacity)
@@ -572,9 +572,9 @@ def _draw_slopes(ax, op, first, both):
     f, rest = OPS[op]
     t = torch.linspace(-4, 4, 161)
     y = torch.cat([f(torch.tensor([v, *rest])) for v in t.tolist()])
-    ax.plot(t, y, color='.45', lw=2, label='output')
+    ax.plot(t.numpy(), y.numpy(), color='.45', lw=2, label='output')
     for (name, b), colour, dash in zip(both.items(), (BAD, GOOD), ('--', '-')):
-        ax.plot(t, b.output + b.slope*(t - first), color=colour, ls=dash, lw=1.5, label=f'{name} slope')
+        ax.plot(t.numpy(), (b.output + b.slope*(t - first)).numpy(), color=colour, ls=dash, lw=1.5, label=f'{name} slope')
     ax.plot([first], [both['plain'].output], 'o', color='k', ms=6)
     ax.set(xlim=(-4, 4), ylim=(min(y.min().item(), -1) - .3, max(y.max().item(), 1) + .3), xlabel='first number of the input')
     ax.axhline(0, color='.7', lw=.6, zorder=0); ax.axvline(0, color='.7', lw=.6, zorder=0)
