@@ -317,7 +317,7 @@ def working(say):
     except Exception as e: say(f'✗ {sentence(e)} Shown is what worked last.')
 
 # %% ../nbs/18_explore.ipynb #72080af1
-def labelled(kind, text, tip='', width='310px', **kwargs):
+def labelled(kind, text, tip='', width='285px', **kwargs):
     "A control with a label"
     if issubclass(kind, (W.FloatSlider, W.IntRangeSlider, W.SelectionSlider, W.Text)): kwargs['continuous_update'] = False
     c = kind(description=text, tooltip=tip or text, layout=W.Layout(width=width), **kwargs)
@@ -483,7 +483,7 @@ class PromptExplorer(Explorer):
         prompt:str,          # one, or several with commas between them
     ):
         self.towers, prompts = towers, split_prompts(prompt)
-        box = labelled(W.Text, 'prompts', 'several with commas between them', '630px', value=prompt)
+        box = labelled(W.Text, 'prompts', 'several with commas between them', '575px', value=prompt)
         super().__init__(towers.prompted(prompts), images, names=prompts, first=dict(prompts=box))
 
     def react(self, name):

@@ -264,8 +264,8 @@ def test_reachable_and_readable(explorer):
     page.wait_for_timeout(500); p.root.scroll_into_view_if_needed(); explorer.notebook.picture('narrow')
     assert p.root.evaluate('e => e.scrollWidth <= e.clientWidth + 1')
     page.set_viewport_size({'width': 1200, 'height': 1000})
-    for item in ('Settings', 'Theme'): page.get_by_role('menuitem', name=item, exact=True).click()
-    page.get_by_role('menuitemcheckbox', name='JupyterLab Dark').or_(page.get_by_role('menuitem', name='JupyterLab Dark')).first.click()
+    page.get_by_role('menuitem', name='Settings', exact=True).click()
+    for item in ('Theme', 'JupyterLab Dark'): page.locator('.lm-Menu-itemLabel', has_text=re.compile(f'^{item}$')).click()
     page.wait_for_function("document.body.dataset.jpThemeLight === 'false'", timeout=20_000); page.wait_for_timeout(500)
     p.root.scroll_into_view_if_needed(); explorer.notebook.picture('dark')
     for part in ('numbers', 'said'):
