@@ -58,6 +58,14 @@ def terms_of(attention:bool)->tuple:
     "What a trace must note for every method that reads one; `attention`: also for those that need attention matrices"
     return tuple(dict.fromkeys(t for m in methods.values() if not m.runs and (attention or not m.attention) for t in m.wants()))
 
+def _first(e):
+    "Whether every method that reads attention fits, and the first trace"
+    for attention in (True, False):
+        e.terms = terms_of(attention)
+        try: return attention, e.trace(*View().question)
+        except NoAttention:
+            if not attention: raise
+
 # %% ../nbs/18_explore.ipynb #bc091445
 class Explainer:
     "A model and its inputs; the last `most` answers are kept"
@@ -68,12 +76,8 @@ class Explainer:
     ):
         read_inputs(model, inputs)
         self.model, self.inputs = model, inputs
-        self.attention, self.terms = True, terms_of(True)
         for f in (self.logits, self.trace, self.ledger, self.run, self.ask): setattr(self, f.__name__, lru_cache(most)(f))
-        try: first = self.trace(*View().question)
-        except NoAttention:
-            self.attention, self.terms = False, terms_of(False)
-            first = self.trace(*View().question)
+        self.attention, first = _first(self)
         self.L, self.usual = len(first.grids), _usual(first)
 
     def x(self, which, last=None):
@@ -266,6 +270,7 @@ def read_image(
     config = {**resolve_data_config(pretrained_cfg=given), 'input_size': tuple(like.shape[1:]), 'crop_pct': given.get('crop_pct') or 1.}
     return create_transform(**config)(picture)[None].to(like)
 
+# %% ../nbs/18_explore.ipynb #5707df98
 def _open(content):
     "Decode with care"
     try:
@@ -435,6 +440,7 @@ class Asking(Panel):
         "The state of the panel as a picture"
         return self.drawing(width, True)
 
+# %% ../nbs/18_explore.ipynb #f2792736
 def hint_html(view):
     "Methods that their authors run with plain gradients say so"
     odd = methods[view.method].rules == 'plain' and len(view.off) < len(families())
@@ -475,6 +481,7 @@ def split_prompts(text:str)->list:
     if not found: raise ValueError('the prompt is empty: write one, or several with commas between them')
     return found
 
+# %% ../nbs/18_explore.ipynb #8c4c962e
 class PromptExplorer(Explorer):
     "Ask two towers which part of an image fits a prompt"
     def __init__(self,
@@ -517,6 +524,7 @@ class TextExplorer(Asking):
             box.options = self._places(self.controls['which'].value); box.value = place
         super().react(name)
 
+# %% ../nbs/18_explore.ipynb #18f3e42f
 def _seen(tokens, labels):
     "The label of each token id, as far as they occur"
     found = {i: w for ids, words in zip(tokens.tolist(), labels) for i, w in zip(ids, words)}
