@@ -591,17 +591,21 @@ def _draw_slopes(ax, op, first, both):
 # %% ../nbs/18_explore.ipynb #332062b2
 def _draw_accounts(ax, both):
     "For each gradient what it hands to each number of the input, one step after the other; the dotted line is the output"
-    inks = ['#56b4e9', '#009e73', '#e69f00', '#cc79a7']
+    inks = ['#56b4e9', '#009e73', '#e69f00']
     for row, b in enumerate(both.values()):
         at, parts = 0., {**{f'input {k + 1}': p for k, p in enumerate(b.parts)}, 'constants': b.constant}
-        for k, ((name, part), ink) in enumerate(zip(parts.items(), inks)):
-            ax.barh(-row - .12*k, part, height=.1, left=at, color=ink, label=None if row else name); at += part
+        for k, (name, part) in enumerate(parts.items()):
+            ax.barh(-row - .12*k, part, height=.1, left=at, color='#999999' if name == 'constants' else inks[k], label=None if row else name)
+            at += part
         ax.text(.02, .14 - row, says(b), fontsize=8, transform=ax.get_yaxis_transform())
     ax.axvline(b.output, color='k', lw=1.2, ls=':', label='output'); ax.axvline(0, color='.7', lw=.6)
     ax.set(yticks=[-.1, -1.1], yticklabels=list(both), ylim=(-1.6, .3)); ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.margins(x=.1); ax.legend(fontsize=7, frameon=False, loc='lower center', ncols=3, bbox_to_anchor=(.5, 1))
 
-def says(b:Balance): return '✓ adds up' if abs(b.missing) < 1e-9 else f'✗ {b.missing:+.4f} missing'
+def says(b:Balance):
+    "Whether it adds up, in words"
+    over = b.missing*b.output < 0
+    return '✓ adds up' if abs(b.missing) < 1e-9 else f'✗ {abs(b.missing):.4f} {"too much" if over else "missing"}'
 
 # %% ../nbs/18_explore.ipynb #2a00804c
 class RuleLab(Panel):

@@ -67,7 +67,7 @@ def launch(p):
     exe = next(filter(None, map(shutil.which, ['chromium', 'google-chrome', 'chromium-browser'])), None)
     if exe: return p.chromium.launch(executable_path=exe, args=ARGS)
     if not Path(p.chromium.executable_path).exists():
-        with contextlib.suppress(subprocess.SubprocessError, OSError): subprocess.run([sys.executable, '-m', 'playwright', 'install', 'chromium'], timeout=600, check=True)
+        with contextlib.suppress(subprocess.SubprocessError, OSError): subprocess.run([sys.executable, '-m', 'playwright', 'install', 'chromium'], timeout=180, check=True)
     try: return p.chromium.launch(args=ARGS)
     except Exception as e: missing(f'no Chromium starts here ({str(e).splitlines()[0]})')
 
@@ -230,6 +230,9 @@ def test_classes_and_images(explorer):
     with p.changes(): p.write('other', 'seven')
     assert 'seven' in p.numbers
     with p.changes(): p.option('which', 'image 1')
+    with p.changes():
+        p.option('method', 'smooth_grad')
+        p.until(lambda: 'working' in p.status, 'long work, and nothing says so')
     with p.changes(numbers=False): p.slide('opacity', 'ArrowLeft', 6)
     with p.changes(numbers=False): p.slide('scale', 'ArrowLeft', 6)
 
@@ -277,7 +280,7 @@ def test_rule_lab(explorer):
     p = explorer.notebook.panel(3)
     for op in ('softmax attention (first of three words)', 'LayerNorm (first of three channels)', 'SwiGLU product'):
         with p.changes(): p.option('op', op)
-        assert 'missing' in p('numbers', '.plain').inner_text() and 'adds up' in p('numbers', '.balanced').inner_text()
+        assert '✗' in p('numbers', '.plain').inner_text() and 'adds up' in p('numbers', '.balanced').inner_text()
     with p.changes(): p.slide('first', 'ArrowRight', 3)
 
 

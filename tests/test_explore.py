@@ -269,7 +269,7 @@ def test_rule_lab():
     assert labels(p)
     for op in ('softplus (has a constant)', 'SwiGLU product'):
         p.controls['op'].value = op
-        assert '✗' not in status(p) and op in p.picture.value and p.numbers.value.count('adds up') == 1 and p.numbers.value.count('missing') == 1
+        assert '✗' not in status(p) and op in p.picture.value and p.numbers.value.count('✓') == 1 and p.numbers.value.count('✗') == 1
     p.controls['first'].value = 0.
     with pytest.raises(ValueError, match='no operation'): balance('sqrt', 1.)
 
