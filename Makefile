@@ -25,8 +25,9 @@ setup: .venv/.done ## make .venv, with the package (editable) and its tools
 lab: .venv/.done ## read and edit the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-export: .venv/.done ## after editing notebooks: write the modules and README.md, strip notebook metadata
+export: .venv/.done ## after editing notebooks: write the modules, README.md and Colab badges, strip notebook metadata
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/colab.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/still.py
 	$(BIN)/python tools/readme.py

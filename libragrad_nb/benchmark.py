@@ -170,7 +170,7 @@ def benchmark(
     options:dict=OPTIONS,   # of methods, by name
     fractions=FRACTIONS,    # of the patches that are removed
     pictures:int=10,        # in a part
-    chunk:int=64,          # rows in a forward pass while patches are removed
+    chunk:int=64,           # rows in a forward pass while patches are removed
     device='cpu',
     progress:bool=True,
 )->pd.DataFrame:            # a row for each map
@@ -179,17 +179,17 @@ def benchmark(
     runs, sets = plan_of(methods, rules, ablations)
     settings = json.loads(json.dumps(dict(methods=list(methods), rules=list(rules), ablations=ablations, options=options, fractions=list(fractions), pictures=pictures)))
     _same(out, settings, {' '.join(k): _fingerprint(*t) for k, t in tasks.items()})
-    todo = [(k, i, s) for k, (_, source) in tasks.items() for i, s in enumerate(slices(source.ids, pictures))]
+    todo, able = [(k, i, s) for k, (_, source) in tasks.items() for i, s in enumerate(slices(source.ids, pictures))], {}
     with tqdm(total=len(todo), disable=not progress, unit='part') as bar:
         for k, i, s in todo:
             bar.set_description(' '.join(k)); part = out/'parts'/f'{"-".join(k).replace(" ", "_").replace("/", "_")}-{i:04d}.parquet'
-            if not part.exists(): _part(part, k, *tasks[k], s, runs, sets, options, fractions, chunk, device)
+            if not part.exists(): _part(part, k, *tasks[k], s, able, runs, sets, options, fractions, chunk, device)
             bar.update()
     return collect(out)
 
 # %% ../nbs/21_benchmark.ipynb #6c36f6af
-def _part(path, task, model, source, part, runs, sets, options, fractions, chunk, device):
-    "Measure one slice and write it; beside it what was skipped, with the reasons"
+def _part(path, task, model, source, part, able, runs, sets, options, fractions, chunk, device):
+    "Measure one slice and write it; beside it what was skipped, with the reasons; `able` remembers what a model can have"
     e, model = source[part], model.to(device)
     here = set(source.ids[part])
     skipped = {k: v for told in ('skipped', 'unmarked') for k, v in getattr(source, told, {}).items() if k in here}
@@ -198,7 +198,8 @@ def _part(path, task, model, source, part, runs, sets, options, fractions, chunk
         e = Examples(e.ids, e.inputs.to(device), e.target.to(device), e.masks, e.ignore, e.rivals)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            can, cannot = possible(model, e, dict.fromkeys(n for names in runs.values() for n in names), options)
+            if task not in able: able[task] = possible(model, e, dict.fromkeys(n for names in runs.values() for n in names), options)
+            can, cannot = able[task]
             table = measure(model, e, {r: [n for n in names if n in can] for r, names in runs.items()}, sets, options, fractions, chunk)
         skipped |= {f'method {n}': why for n, why in cannot.items()}
     table.insert(0, 'set', task[1]); table.insert(0, 'model', task[0])
@@ -241,8 +242,7 @@ def _from_disk(names, images, count, seed, checkpoint):
     return {(name, Path(images).name): (m := load(name, checkpoint=checkpoint), ImageFiles(images, m, count, seed)) for name in names}
 
 # %% ../nbs/21_benchmark.ipynb #33656971
-def main(args=None):
-    "The benchmark as a command; `python -m libragrad_nb.benchmark --help`"
+def _parser():
     p = argparse.ArgumentParser(prog='python -m libragrad_nb.benchmark', formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
         'Draw and mark the maps of models x methods x rules. An interrupted run goes on when started again with the same options.')
     p.add_argument('--model', nargs='+', metavar='NAME', help='embedded models, or with --images timm models (default: all embedded ones)')
@@ -258,7 +258,12 @@ def main(args=None):
     p.add_argument('--chunk', type=int, default=64, help='rows in a forward pass while patches are removed')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--seed', type=int, default=1000, help='which scenes, or which images of a folder')
-    o = p.parse_args(args)
+    return p
+
+# %% ../nbs/21_benchmark.ipynb #5e6dc6ea
+def main(args=None):
+    "The benchmark as a command; `python -m libragrad_nb.benchmark --help`"
+    p = _parser(); o = p.parse_args(args)
     if o.checkpoint and not (o.images and o.model and len(o.model) == 1): p.error('--checkpoint needs --images and one --model')
     if o.images and not o.model: p.error('--images needs --model: which model shall look at them?')
     try:

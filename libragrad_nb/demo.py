@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../nbs/23_demo.ipynb #a6dce626
-from .explain import explain, heat
+from .colours import heat
+from .explain import explain
 from .metrics import average_precision, faithfulness
 from .zoo import load, scenes
 
@@ -36,16 +37,16 @@ def compare(
 ):                 # table, and an `Attribution` of all questions (scene by scene, both digits) by (model, method, rules)
     "Explain both digits of every scene with each model, method and rule set"
     rows, answers = [], {}
-    images, masks = s.images.repeat_interleave(2, 0), s.masks.flatten(0, 1)
-    target = s.labels.flatten()
+    images, masks, target = s.images.repeat_interleave(2, 0), s.masks.flatten(0, 1), s.labels.flatten()
     runs = [(n, m, r) for n in models for m in methods for r in ('plain', 'libra')]
     for name, method, rules in tqdm(runs, disable=not progress, desc='explaining'):
-        a = explain(models[name], images, target, method, rules)
+        x = images.to(next(models[name].parameters()).device)
+        a = explain(models[name], x, target, method, rules)
         answers[name, method, rules] = a
         rows.append({'model': name, 'method': method, 'rules': rules,
                      'completeness error': (a.completeness_error/a.score).abs().median().item(),
                      'AP': average_precision(a.map, masks).mean().item(),
-                     'SRG': faithfulness(models[name], images, a.map, target).srg().mean().item()})
+                     'SRG': faithfulness(models[name], x, a.map, target).srg().mean().item()})
     return pd.DataFrame(rows), answers
 
 # %% ../nbs/23_demo.ipynb #a37a6fb6
@@ -102,7 +103,8 @@ def main(args=None):
     o = p.parse_args(args)
     if o.scenes < 3: p.error('--scenes must be at least 3')
     s = scenes(o.scenes, digits=2, seed=o.seed)
-    table, answers = compare(s, {name: load(name) for name in MODELS})
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    table, answers = compare(s, {name: load(name).to(device) for name in MODELS})
     print(table.to_string(index=False, formatters=FORMAT))
     for path in write(s, table, answers, o.out): print('wrote', path)
 

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 # %% ../nbs/20b_examples.ipynb #e7955ff9
 from .scenes import PROMPTS, SHADES, VOCABULARY, coloured_scenes, recall, scenes
 
-# %% ../nbs/20b_examples.ipynb #9141f9f1
+# %% ../nbs/20b_examples.ipynb #1a6a4eb5
 @dataclass
 class Examples:
     "Questions about inputs, with the answers"
@@ -34,7 +34,7 @@ class Examples:
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i): return Examples(*(None if (v := getattr(self, f.name)) is None else v[i] for f in fields(self)))
-    def show(self, n=6, width=7): return _show(self, n, width)
+    def show(self, n=6, width=7, names=None): return _show(self, n, width, names) # names of the classes
 
 # %% ../nbs/20b_examples.ipynb #77c9c7a9
 def digit_examples(
@@ -58,7 +58,7 @@ def _asked(kind, s, target, seed):
     return Examples(ids, s.images.repeat_interleave(digits, 0), target, s.masks.flatten(0, 1), rivals=None if others is None else others.flatten(0, 1))
 
 # %% ../nbs/20b_examples.ipynb #1a0d2e39
-def _show(e, n, width):
+def _show(e, n, width, names=None):
     "The first questions: what is asked for outlined in white, its rival dotted"
     n = min(n, len(e))
     fig, axes = plt.subplots(1, n, figsize=(width, 1.25*width/n), squeeze=False, layout='constrained')
@@ -67,7 +67,8 @@ def _show(e, n, width):
         ax.imshow((image - image.min())/(image.max() - image.min())); ax.axis('off')
         for masks, style in ((e.masks, '-'), (e.rivals, ':')):
             if masks is not None and masks[k].any(): ax.contour(masks[k], [.5], colors='w', linewidths=1, linestyles=style)
-        ax.set_title(f'{e.target[k].item()}?', fontsize=9)
+        t = e.target[k].item()
+        ax.set_title(f'{t if names is None else names[t]}?', fontsize=9)
     plt.close(fig)
     return fig
 

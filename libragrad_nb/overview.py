@@ -38,20 +38,25 @@ def counted(
     finally: handle.remove()
 
 # %% ../nbs/16a_methods.ipynb #7d0d1a65
+def _now(images):
+    "Seconds on a clock that waits for the device of the images"
+    if images.is_cuda: torch.cuda.synchronize(images.device)
+    return time.perf_counter()
+
 def _drawn(model, images, target, name, rules, options):
     "The map of one method, or None and why not; and the seconds that it took"
     quiet = {'progress': False} if 'progress' in find_method(name)[0].options else {}
-    start, found, why = time.perf_counter(), None, ''
+    start, found, why = _now(images), None, ''
     try: found = explain(model, images, target, name, rules, **{**quiet, **options})
     except (NotImplementedError, ImportError) as e: why = str(e)
-    return found, why, time.perf_counter() - start
+    return found, why, _now(images) - start
 
 def _once(model, images):
     "Seconds of one forward pass, warm"
     with torch.no_grad():
         model(images)
-        start = time.perf_counter(); model(images)
-    return time.perf_counter() - start
+        start = _now(images); model(images)
+    return _now(images) - start
 
 # %% ../nbs/16a_methods.ipynb #5fc235d3
 def overview(

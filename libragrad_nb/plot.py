@@ -119,7 +119,7 @@ def grid(
     side = width/(sum(ratios) + .35*(scale != 'map'))
     fig, axes = plt.subplots(bands*len(rows), wide + 1, figsize=(width, bands*len(rows)*(side + (.5 if scale == 'map' else .36)) + .1), squeeze=False, layout='constrained', width_ratios=ratios)
     for ax in axes.flat: ax.axis('off')
-    _image_in_front(fig, axes, next(iter(cells.values())), i, outline, title)
+    _image_in_front(fig, axes, next(iter(cells.values())), i, outline, _asked(cells.values(), i) if title is None else title)
     drawn = {}
     for b in range(bands):
         for y, r in enumerate(rows):
@@ -137,9 +137,14 @@ def _image_in_front(fig, axes, a, i, outline, title):
     "The image in the first column, over all rows"
     for ax in axes[:, 0]: ax.remove()
     front = fig.add_subplot(axes[0, 0].get_gridspec()[:, 0])
-    _picture(front, a, i, outline, title if title is not None else '' if a.target is None else f'target {a.target[i]}')
+    _picture(front, a, i, outline, title)
     front.spines[:].set_visible(False)
     if len(axes) > 2: front.set_anchor('N')
+
+def _asked(found, i):
+    "The class that all maps explain, in words; nothing where they explain several, or a function"
+    asked = {None if a.target is None else a.target[i].item() for a in found}
+    return f'target {asked.pop()}' if len(asked) == 1 and asked != {None} else ''
 
 def _cell(ax, a, i, limit, outline, above, left, scale):
     "One map, its name above and its account below"

@@ -39,6 +39,14 @@ def _only(data:Inputs, i)->Inputs:
     def pick(v): return v[i] if isinstance(v, torch.Tensor) and v.ndim and len(v) == len(data.x) else v
     return Inputs(data.x[i], data.given and {k: pick(v) for k, v in data.given.items()}, data.key)
 
+def _find_tokens(model, data):
+    "Where the first block is called and with which argument, how the tokens are kept there, and the last block"
+    one = _only(data, slice(0, 1))
+    rest = Rest(model, one.x if one.key is None else {**one.given, one.key: one.x}, block=None)
+    if not rest.states: raise NotImplementedError(
+        'no token states that all of the score comes through were found in this model, so no patch can be taken away')
+    return rest.places[0], rest.states[0], rest.places[-1][0][0]
+
 # %% ../nbs/17a_removal.ipynb #3a400880
 class Removal:
     "A model that can be asked without some of its tokens, and where it keeps them"
@@ -48,11 +56,7 @@ class Removal:
         drop=None, # True: drop tokens, False: set them to zero, None: drop them where the model allows it
     ):
         self.model, self.data = model, read_inputs(model, images)
-        one = _only(self.data, slice(0, 1))
-        rest = Rest(model, one.x if one.key is None else {**one.given, one.key: one.x}, block=None)
-        if not rest.states: raise NotImplementedError(
-            'no token states that all of the score comes through were found in this model, so no patch can be taken away')
-        (self.place, self.key), self.state, self.last = rest.places[0], rest.states[0], rest.places[-1][0][0]
+        (self.place, self.key), self.state, self.last = _find_tokens(model, self.data)
         self.patches = math.prod(self.state.grid)
         self.drop = drop is not False and can_drop(self)
         if drop and not self.drop: raise ValueError('this model needs all its tokens in their places: with drop=None they are set to zero')

@@ -113,6 +113,14 @@ def _paint(ink, colour, g):
     for k in range(ink.shape[1]): images = torch.lerp(images, colour[:, k, :, None, None].expand_as(images), ink[:, k, None])
     return 2*images - 1
 
+def _draw(n, digits, split, seed, size, colour):
+    "Scenes; `colour(g)` draws the colours [n, digits, 3], and says their places in `COLOURS` or None"
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.rand(n, 10, generator=g).argsort(-1)[:, :digits]
+    ink = _strokes(labels, split, size, g)
+    rgb, named = colour(g)
+    return Scenes(_paint(ink, rgb, g), labels, ink > .4, named)
+
 # %% ../nbs/07a_scenes.ipynb #e01b5e6c
 def scenes(
     n:int,            # how many
@@ -122,11 +130,7 @@ def scenes(
     size:int=64,      # pixels
 )->Scenes:
     "Draw scenes of handwritten digits in pale random colours on clutter"
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.rand(n, 10, generator=g).argsort(-1)[:, :digits]
-    ink = _strokes(labels, split, size, g)
-    images = _paint(ink, .5 + .5*torch.rand(n, digits, 3, generator=g), g)
-    return Scenes(images, labels, ink > .4)
+    return _draw(n, digits, split, seed, size, lambda g: (.5 + .5*torch.rand(n, digits, 3, generator=g), None))
 
 # %% ../nbs/07a_scenes.ipynb #c89f64ca
 def coloured_scenes(
@@ -137,13 +141,10 @@ def coloured_scenes(
     size:int=64,      # pixels
 )->Scenes:
     "Draw scenes whose digits have colours with names"
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.rand(n, 10, generator=g).argsort(-1)[:, :digits]
-    ink = _strokes(labels, split, size, g)
-    colours = torch.rand(n, len(COLOURS), generator=g).argsort(-1)[:, :digits]
-    light = .85 + .15*torch.rand(n, digits, 1, generator=g)
-    images = _paint(ink, light*torch.tensor(list(COLOURS.values()))[colours], g)
-    return Scenes(images, labels, ink > .4, colours)
+    def named(g):
+        colours = torch.rand(n, len(COLOURS), generator=g).argsort(-1)[:, :digits]
+        return (.85 + .15*torch.rand(n, digits, 1, generator=g))*torch.tensor(list(COLOURS.values()))[colours], colours
+    return _draw(n, digits, split, seed, size, named)
 
 # %% ../nbs/07a_scenes.ipynb #f58beab8
 def _show_scenes(s, cols, width):

@@ -164,7 +164,7 @@ def _starts_with_convolution(module):
 def _patch_embedding(model):
     "The module that cuts the image into patches"
     for m in model.modules():
-        if hasattr(m, 'grid_size') and hasattr(m, 'proj'): return m
+        if hasattr(m, 'grid_size') and isinstance(getattr(m, 'proj', None), nn.Module): return m
 
 def _embedded_grid(model, images):
     "Rows and columns of the patch embedding: as it says, or of a convolution that cuts the image into patches; or None"

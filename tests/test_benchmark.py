@@ -139,6 +139,13 @@ def test_a_retrained_model_or_other_scenes_do_not_mix(tmp_path, vit):
     other = load('vit_digits'); other.head.bias.data += .1
     with pytest.raises(ValueError, match='vit_digits 2 digits'): b.benchmark(tasks(other), tmp_path/'run', **QUICK)
 
+def test_a_model_is_asked_once_what_it_can_have(tmp_path, vit, monkeypatch):
+    asked, real = [], b.possible
+    monkeypatch.setattr(b, 'possible', lambda model, *more: (asked.append(model), real(model, *more))[1])
+    both = tasks(vit) | {('mixer_digits', '2 digits'): (load('mixer_digits'), digit_examples(4, seed=8))}
+    b.benchmark(both, tmp_path/'run', **{**QUICK, 'pictures': 1})
+    assert len(asked) == 2 and len(list((tmp_path/'run/parts').glob('*.parquet'))) > 4
+
 def test_models_can_be_added_to_a_folder(tmp_path, vit):
     b.benchmark(tasks(vit), tmp_path/'run', **QUICK)
     both = tasks(vit) | {('mixer_digits', '2 digits'): (load('mixer_digits'), digit_examples(4, seed=8))}

@@ -93,3 +93,8 @@ def test_no_figure_stays_open():
     a = attribution(torch.eye(4))
     overlay(a), grid({'a': a}), words({'a': [1.]}, ['x']), pairs(torch.eye(2), 'ab', 'cd')
     assert not plt.get_fignums()
+
+def test_grid_says_which_class_where_it_is_one():
+    a, b = (attribution(torch.eye(4)) for _ in range(2))
+    b.target = b.target + 3
+    assert 'target 0' in texts(grid({'x': a, 'y': a})) and not any(t.startswith('target') for t in texts(grid({'x': a, 'y': b})))

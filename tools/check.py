@@ -50,6 +50,10 @@ def still():
     "saved notebooks hold pictures of widgets, no widgets"
     return run(sys.executable, 'tools/still.py', '--check')
 
+def colab():
+    "every notebook has its Colab badge and the cell that installs the package there"
+    return run(sys.executable, 'tools/colab.py', '--check')
+
 def executed():
     "every notebook runs from top to bottom"
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}  # one thread each: two notebooks share the cores
@@ -66,7 +70,7 @@ def pytest():
     return run(sys.executable, '-m', 'pytest', 'tests', '-q', HF_HUB_OFFLINE='1')
 
 def main():
-    checks,failed = [exported, size, sidebar, readme, still, executed, pytest],[]
+    checks,failed = [exported, size, sidebar, readme, colab, still, executed, pytest],[]
     for f in checks:
         print(f'\n== {f.__name__}: {f.__doc__}', flush=True)
         if not f(): failed.append(f)
