@@ -29,6 +29,7 @@ export: .venv/.done ## after editing notebooks: write the modules, README.md and
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/colab.py
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/still.py
 	$(BIN)/python tools/readme.py
 
 docs: need-quarto .venv/.done ## render the documentation to _docs/ (needs Quarto)
@@ -39,5 +40,5 @@ need-quarto:
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: get it at https://quarto.org/docs/get-started/"; exit 1; }
 
 clean: ## remove what the other commands made, except .venv
-	rm -rf demo _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .hypothesis
+	rm -rf demo artifacts _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .hypothesis
 	find . \( -path ./.venv -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

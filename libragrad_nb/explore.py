@@ -58,10 +58,13 @@ def terms_of(attention:bool)->tuple:
     "What a trace must note for every method that reads one; `attention`: also for those that need attention matrices"
     return tuple(dict.fromkeys(t for m in methods.values() if not m.runs and (attention or not m.attention) for t in m.wants()))
 
-def _has_attention(model, x):
-    try: trace(model, x, terms=terms_of(True))
-    except NoAttention: return False
-    return True
+def _first(e):
+    "Whether every method that reads attention fits, and the first trace"
+    for attention in (True, False):
+        e.terms = terms_of(attention)
+        try: return attention, e.trace(*View().question)
+        except NoAttention:
+            if not attention: raise
 
 # %% ../nbs/18_explore.ipynb #bc091445
 class Explainer:
@@ -73,10 +76,8 @@ class Explainer:
     ):
         read_inputs(model, inputs)
         self.model, self.inputs = model, inputs
-        self.attention = _has_attention(model, inputs[:1])
-        self.terms = terms_of(self.attention)
         for f in (self.logits, self.trace, self.ledger, self.run, self.ask): setattr(self, f.__name__, lru_cache(most)(f))
-        first = self.trace(*View().question)
+        self.attention, first = _first(self)
         self.L, self.usual = len(first.grids), _usual(first)
 
     def x(self, which, last=None):
@@ -109,10 +110,10 @@ def _attribution(e, view):
     "The map of a view"
     m, _ = find_method(view.method)
     if m.attention and not e.attention: raise NoAttention(
-        f'{m.name} reads attention matrices over all tokens, and this model has none: choose another method')
+        f'the method {m.name} reads attention matrices over all tokens, and this model has none: choose another one')
     if m.runs: return e.run(*view.question, view.method)
-    names = [m.name] if view.blocks is None or 'block' not in m.options else [f'{m.name}@{b}' for b in range(view.blocks[0], view.blocks[1] + 1)]
-    return mean_of([attribute(e.model, e.trace(*view.question), name) for name in names])
+    places = [''] if view.blocks is None or 'block' not in m.options else [f'@{b}' for b in range(view.blocks[0], view.blocks[1] + 1)]
+    return replace(mean_of([attribute(e.model, e.trace(*view.question), m.name + p) for p in places]), method=m.name)
 
 def _sheet(model, x, target, rules):
     "The ledger of a view, or a sentence where it cannot be drawn up"
@@ -179,7 +180,7 @@ def draw_image(axes, a:Answer, view:View, names=None):
     "The image without what is gone, and the map"
     found, rgb = a.found, a.found.rgb[0]
     gone = F.interpolate(a.gone[None, None].float(), rgb.shape[:2])[0, 0, ..., None] > .5
-    axes[0].imshow(torch.where(gone, torch.tensor(.5), rgb)); axes[0].axis('off')
+    axes[0].imshow(torch.where(gone, torch.tensor(.5), rgb).numpy()); axes[0].axis('off')
     axes[0].set_title(f'{called(a.target, names)}: {a.after[a.target]:.1%}', fontsize=9)
     cmap = None if _signed(found) else _upper()
     return heat(axes[1], rgb, found.map[0], f'{view.method}\n{verdict(a)}', limit_of(a, view), cmap, view.opacity)
@@ -212,13 +213,13 @@ def draw_ledger(ax, sheet):
 def verdict(a:Answer)->str:
     "Whether the map adds up to the score, and what is missing"
     if math.isnan(a.lost): return '– no unit, nothing to add up'
-    return f'{"✓" if a.adds_up else "✗"} {abs(a.lost):.2%} {"missing" if a.lost > 0 or a.adds_up else "too much"}'
+    return f'{"✓ adds up," if a.adds_up else "✗"} {abs(a.lost):.2%} {"missing" if a.lost > 0 or a.adds_up else "too much"}'
 
 def draw(a:Answer, view:View, names=None, account=True, width=7):
     "An answer about an image as a figure; `account`: with the ledger"
     import matplotlib.pyplot as plt
     ratios = [1, 1.15] + [.9]*account
-    fig, axes = plt.subplots(1, len(ratios), figsize=(width, .95*width/sum(ratios)), width_ratios=ratios, layout='constrained')
+    fig, axes = plt.subplots(1, len(ratios), figsize=(width, 1.1*width/sum(ratios)), width_ratios=ratios, layout='constrained')
     drawn = draw_image(axes, a, view, names)
     _bar(fig, drawn, axes[1], fraction=.05, pad=.03)
     if account: draw_ledger(axes[-1], a.sheet)
@@ -231,7 +232,8 @@ def facts_html(a:Answer, names=None, what='patches')->str:
     f, colour = a.found, 'inherit' if math.isnan(a.lost) else GOOD if a.adds_up else BAD
     parts = dict(map=f.map.sum(), prefix=f.prefix.sum(), unplaced=f.unplaced.sum(), missing=f.completeness_error.sum())
     account = '' if math.isnan(a.lost) else ' + '.join(f'{name} {value:.3f}' for name, value in parts.items())
-    lines = [f'<b>{html.escape(called(a.target, names))}</b>: score <span class="score">{f.score.item():.3f}</span>, probability {a.before[a.target]:.1%}',
+    said = f'score <span class="score">{f.score.item():.3f}</span>, probability {a.before[a.target]:.1%}'
+    lines = [f'<b>{html.escape(called(a.target, names))}</b>: {said}',
              f'<span class="verdict" style="font-size:1.6em;font-weight:bold;border-bottom:4px solid {colour}">{verdict(a)}</span>', account]
     if a.gone.any(): lines.append(f'without {int(a.gone.sum())} of {a.gone.numel()} {what}: <span class="after">{a.after[a.target]:.1%}</span>'
                                   f', and the model says {html.escape(called(int(a.after.argmax()), names))}')
@@ -247,8 +249,8 @@ def ledger_html(sheet)->str:
         bar = f'<div style="height:.7em;width:{100*size/top:.0f}%;background:{BAD}"></div>'
         cells = ''.join(f'<td style="text-align:right">{v}</td>' for v in (f'{net:+.1%}', f'{size:.1%}'))
         return f'<tr><th scope="row" style="text-align:left;font-weight:normal">{html.escape(name)}</th>{cells}<td style="width:6em">{bar}</td></tr>'
-    head = '<caption style="text-align:left">Ledger: leaks from input to score, shares of the score</caption><tr><th></th><th>net</th><th>sizes</th><th></th></tr>'
-    return f'<table class="ledger" style="border-spacing:.6em 0">{head}{"".join(row(*f) for f in found)}</table>'
+    head = ''.join(f'<th scope="col">{h}</th>' for h in ('at', 'net', 'sizes', ''))
+    return f'<table class="ledger" style="border-spacing:.6em 0"><caption style="text-align:left">Ledger: leaks, as shares of the score</caption><tr>{head}</tr>{"".join(row(*f) for f in found)}</table>'
 
 # %% ../nbs/18_explore.ipynb #7c7aa0a4
 MOST_PIXELS = 50_000_000
@@ -260,13 +262,15 @@ def read_image(
 )->torch.Tensor:        # [1, 3, H, W]
     "A picture as the model expects it"
     cfg = getattr(model, 'pretrained_cfg', None)
-    if not cfg: raise ValueError('this model does not say what images it expects (pretrained_cfg): transform the picture yourself, and pass it to Explorer')
+    if not cfg: raise ValueError(
+        'this model does not say what images it expects (pretrained_cfg): transform the picture yourself, and pass it to Explorer')
     picture = _open(content)
     from timm.data import create_transform, resolve_data_config
     given = cfg if isinstance(cfg, dict) else cfg.to_dict()
     config = {**resolve_data_config(pretrained_cfg=given), 'input_size': tuple(like.shape[1:]), 'crop_pct': given.get('crop_pct') or 1.}
     return create_transform(**config)(picture)[None].to(like)
 
+# %% ../nbs/18_explore.ipynb #5707df98
 def _open(content):
     "Decode with care"
     try:
@@ -296,7 +300,7 @@ def find_class(text:str, n:int, names=None)->int:
     "The class that a reader means: a number or a name"
     text, known = text.strip(), [str(name).lower() for name in names or []]
     if text.lower() in known: return known.index(text.lower())
-    if text.isdigit() and int(text) < n: return int(text)
+    if text.isdecimal() and int(text) < n: return int(text)
     there = f'{", ".join(map(str, names[:12]))}{" ..." if len(names) > 12 else ""}' if names else f'numbers from 0 to {n-1}'
     raise ValueError(f'there is no class {text!r} in this model: there are {there}')
 
@@ -318,7 +322,7 @@ def working(say):
     except Exception as e: say(f'✗ {sentence(e)} Shown is what worked last.')
 
 # %% ../nbs/18_explore.ipynb #72080af1
-def labelled(kind, text, tip='', width='310px', **kwargs):
+def labelled(kind, text, tip='', width='285px', **kwargs):
     "A control with a label"
     if issubclass(kind, (W.FloatSlider, W.IntRangeSlider, W.SelectionSlider, W.Text)): kwargs['continuous_update'] = False
     c = kind(description=text, tooltip=tip or text, layout=W.Layout(width=width), **kwargs)
@@ -329,9 +333,11 @@ def percent(text, tip, value, low=0., high=1.):
     return labelled(W.FloatSlider, text, tip, value=value, min=low, max=high, step=.05, readout_format='.0%')
 
 def image_html(fig, alt):
-    "A figure as a picture that narrow pages shrink"
+    "A figure as a picture that narrow pages shrink; quickly made, since nobody keeps it"
+    file = io.BytesIO()
+    fig.savefig(file, format='png', dpi=100, pil_kwargs=dict(compress_level=1))
     return (f'<img alt="{html.escape(alt, quote=True)}" style="max-width:100%;border-radius:4px" '
-            f'src="data:image/png;base64,{base64.b64encode(as_png(fig, 100)).decode()}">')
+            f'src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
 
 # %% ../nbs/18_explore.ipynb #d4819709
 class Panel(W.VBox):
@@ -341,7 +347,9 @@ class Panel(W.VBox):
         self.said, self.picture, self.numbers = (W.HTML(layout=W.Layout(max_width='100%')) for _ in range(3))
         for name, c in dict(controls, said=self.said, picture=self.picture, numbers=self.numbers).items(): c.add_class(f'explore-{name}')
         wrap = W.Layout(flex_flow='row wrap', align_items='flex-start')
-        super().__init__([W.Box([*controls.values()], layout=wrap), self.said, W.Box([self.picture, self.numbers], layout=wrap)])
+        rows = [W.Box([c for name, c in controls.items() if name.startswith('rule_') == rules], layout=wrap) for rules in (False, True)]
+        super().__init__([*rows, self.said, W.Box([self.picture, self.numbers], layout=wrap)])
+        self.add_class('explore')
         for name, c in controls.items(): c.observe(partial(self._changed, name), 'value')
         self.react(None); self.refresh()
         self._busy = False
@@ -368,8 +376,8 @@ FAMILY = dict(activations='activations', attention='attention', layernorm='Layer
 def question_controls(e:Explainer)->dict:
     "Controls for class, method, rules, blocks, scale and deletion"
     fits = {n: n if e.attention or not m.attention else f'{n} (needs attention)' for n, m in methods.items()}
-    rules = {f'rule_{f}': labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
-             for f in families()}
+    def switch(f): return labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
+    rules = {f'rule_{f}': switch(f) for f in families()}
     whole = dict(min=0, max=max(0, e.L - 1), value=(0, max(0, e.L - 1)))
     return dict(
         target=labelled(W.Dropdown, 'class', 'which score is explained'),
@@ -391,18 +399,19 @@ def usual_blocks(name:str, L:int):
     m, last = methods[name], max(0, L - 1)
     if m.runs or 'block' not in m.options: return None
     block = m.options['block']
-    return {'plus': (0, last), 'skip_plus': (L//2, last)}.get(block) or (block % L, block % L)
+    return {'plus': (0, last), 'skip_plus': (L//2, last)}.get(block) or (block % max(1, L),)*2
 
 # %% ../nbs/18_explore.ipynb #eb77dbbd
 class Asking(Panel):
     "A panel about an `Explainer`"
     what = 'patches'
-    def __init__(self, explainer, names=None, given=None, **first): # names of the classes, first class, more controls in front
+    def __init__(self, explainer, names=None, given=None, first={}, more={}): # names of the classes, first class, controls in front and behind
         self.explainer, self.names, self.given = explainer, names, given
-        super().__init__({**first, **question_controls(explainer)})
+        super().__init__({**first, **question_controls(explainer), **more})
 
     def react(self, name):
         if name in (None, 'which', 'last', 'upload', 'prompts', 'other'): self.offer_classes(name == 'other')
+        if name == 'target': self.controls['other'].value = ''
         if name in (None, 'method'): self.set_blocks()
 
     def offer_classes(self, other):
@@ -431,6 +440,7 @@ class Asking(Panel):
         "The state of the panel as a picture"
         return self.drawing(width, True)
 
+# %% ../nbs/18_explore.ipynb #f2792736
 def hint_html(view):
     "Methods that their authors run with plain gradients say so"
     odd = methods[view.method].rules == 'plain' and len(view.off) < len(families())
@@ -444,11 +454,13 @@ class Explorer(Asking):
         images:torch.Tensor, # [B, 3, H, W] as the model expects them
         target=None,         # a class, or one for each image [B], that is chosen first; None: the predicted one
         names=None,          # of the classes
-        **first,             # more controls
+        first={},            # more controls
     ):
+        upload = W.FileUpload(accept='image/*', description='a picture of yours', tooltip='a picture file, transformed as the model expects',
+                              layout=W.Layout(width='200px'))
         which = labelled(W.Dropdown, 'image', options=[(f'image {i}', i) for i in range(len(images))])
-        upload = W.FileUpload(accept='image/*', description='a picture of yours', tooltip='a picture file, transformed as the model expects')
-        super().__init__(Explainer(model, images), names, target, which=which, **first, upload=upload, opacity=percent('opacity', 'of the colours', 1.))
+        super().__init__(Explainer(model, images), names, target, {**first, 'which': which, 'upload': upload},
+                         dict(opacity=percent('opacity', 'of the colours', 1.)))
 
     def react(self, name):
         if name == 'upload': self.add_upload()
@@ -469,6 +481,7 @@ def split_prompts(text:str)->list:
     if not found: raise ValueError('the prompt is empty: write one, or several with commas between them')
     return found
 
+# %% ../nbs/18_explore.ipynb #8c4c962e
 class PromptExplorer(Explorer):
     "Ask two towers which part of an image fits a prompt"
     def __init__(self,
@@ -477,8 +490,8 @@ class PromptExplorer(Explorer):
         prompt:str,          # one, or several with commas between them
     ):
         self.towers, prompts = towers, split_prompts(prompt)
-        box = labelled(W.Text, 'prompts', 'several with commas between them', '630px', value=prompt)
-        super().__init__(towers.prompted(prompts), images, names=prompts, prompts=box)
+        box = labelled(W.Text, 'prompts', 'several with commas between them', '575px', value=prompt)
+        super().__init__(towers.prompted(prompts), images, names=prompts, first=dict(prompts=box))
 
     def react(self, name):
         if name == 'prompts':
@@ -500,7 +513,7 @@ class TextExplorer(Asking):
         self.labels = labels
         which = labelled(W.Dropdown, 'text', options=[(' '.join(l)[:60], i) for i, l in enumerate(labels)])
         last = labelled(W.SelectionSlider, 'reads up to', 'the next word is explained', options=self._places(0), value=tokens.shape[1] - 1)
-        super().__init__(Explainer(model, tokens), names or _seen(tokens, labels), which=which, last=last)
+        super().__init__(Explainer(model, tokens), names or _seen(tokens, labels), first=dict(which=which, last=last))
 
     def _places(self, which): return [(f'{i + 1}: {w}', i) for i, w in enumerate(self.labels[which])]
     def drawing(self, width, account): return draw_words(self.answer, self.view, self.labels[self.view.which], width)
@@ -511,6 +524,7 @@ class TextExplorer(Asking):
             box.options = self._places(self.controls['which'].value); box.value = place
         super().react(name)
 
+# %% ../nbs/18_explore.ipynb #18f3e42f
 def _seen(tokens, labels):
     "The label of each token id, as far as they occur"
     found = {i: w for ids, words in zip(tokens.tolist(), labels) for i, w in zip(ids, words)}
@@ -566,9 +580,9 @@ def _draw_slopes(ax, op, first, both):
     f, rest = OPS[op]
     t = torch.linspace(-4, 4, 161)
     y = torch.cat([f(torch.tensor([v, *rest])) for v in t.tolist()])
-    ax.plot(t, y, color='.45', lw=2, label='output')
+    ax.plot(t.numpy(), y.numpy(), color='.45', lw=2, label='output')
     for (name, b), colour, dash in zip(both.items(), (BAD, GOOD), ('--', '-')):
-        ax.plot(t, b.output + b.slope*(t - first), color=colour, ls=dash, lw=1.5, label=f'{name} slope')
+        ax.plot(t.numpy(), (b.output + b.slope*(t - first)).numpy(), color=colour, ls=dash, lw=1.5, label=f'{name} slope')
     ax.plot([first], [both['plain'].output], 'o', color='k', ms=6)
     ax.set(xlim=(-4, 4), ylim=(min(y.min().item(), -1) - .3, max(y.max().item(), 1) + .3), xlabel='first number of the input')
     ax.axhline(0, color='.7', lw=.6, zorder=0); ax.axvline(0, color='.7', lw=.6, zorder=0)
@@ -577,17 +591,21 @@ def _draw_slopes(ax, op, first, both):
 # %% ../nbs/18_explore.ipynb #332062b2
 def _draw_accounts(ax, both):
     "For each gradient what it hands to each number of the input, one step after the other; the dotted line is the output"
-    inks = ['#56b4e9', '#009e73', '#e69f00', '#cc79a7']
+    inks = ['#56b4e9', '#009e73', '#e69f00']
     for row, b in enumerate(both.values()):
         at, parts = 0., {**{f'input {k + 1}': p for k, p in enumerate(b.parts)}, 'constants': b.constant}
-        for k, ((name, part), ink) in enumerate(zip(parts.items(), inks)):
-            ax.barh(-row - .12*k, part, height=.1, left=at, color=ink, label=None if row else name); at += part
+        for k, (name, part) in enumerate(parts.items()):
+            ax.barh(-row - .12*k, part, height=.1, left=at, color='#999999' if name == 'constants' else inks[k], label=None if row else name)
+            at += part
         ax.text(.02, .14 - row, says(b), fontsize=8, transform=ax.get_yaxis_transform())
     ax.axvline(b.output, color='k', lw=1.2, ls=':', label='output'); ax.axvline(0, color='.7', lw=.6)
     ax.set(yticks=[-.1, -1.1], yticklabels=list(both), ylim=(-1.6, .3)); ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.margins(x=.1); ax.legend(fontsize=7, frameon=False, loc='lower center', ncols=3, bbox_to_anchor=(.5, 1))
 
-def says(b:Balance): return '✓ adds up' if abs(b.missing) < 1e-9 else f'✗ {b.missing:+.4f} missing'
+def says(b:Balance):
+    "Whether it adds up, in words"
+    over = b.missing*b.output < 0
+    return '✓ adds up' if abs(b.missing) < 1e-9 else f'✗ {abs(b.missing):.4f} {"too much" if over else "missing"}'
 
 # %% ../nbs/18_explore.ipynb #2a00804c
 class RuleLab(Panel):
@@ -600,7 +618,7 @@ class RuleLab(Panel):
     def refresh(self):
         both = dict(plain=balance(self.op, self.first, 'plain'), balanced=balance(self.op, self.first))
         self.picture.value = image_html(self.figure(6), f'{self.op} at {self.first:.1f}: ' + ', '.join(f'{name} {says(b)}' for name, b in both.items()))
-        self.numbers.value = ''.join(f'<div class="{name}" style="line-height:1.5">{name}: slope {b.slope:+.4f}, output {b.output:+.4f}, <b>{says(b)}</b></div>'
-                                     for name, b in both.items())
+        def row(name, b): return f'{name}: slope {b.slope:+.4f}, output {b.output:+.4f}, <b>{says(b)}</b>'
+        self.numbers.value = ''.join(f'<div class="{name}" style="line-height:1.5">{row(name, b)}</div>' for name, b in both.items())
 
     def figure(self, width=7): return draw_balance(self.op, self.first, width)

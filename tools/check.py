@@ -46,6 +46,10 @@ def readme():
     "README.md is what nbs/index.ipynb gives"
     return run(sys.executable, 'tools/readme.py', '--check')
 
+def still():
+    "saved notebooks hold pictures of widgets, no widgets"
+    return run(sys.executable, 'tools/still.py', '--check')
+
 def colab():
     "every notebook has its Colab badge and the cell that installs the package there"
     return run(sys.executable, 'tools/colab.py', '--check')
@@ -66,7 +70,7 @@ def pytest():
     return run(sys.executable, '-m', 'pytest', 'tests', '-q', HF_HUB_OFFLINE='1')
 
 def main():
-    checks,failed = [exported, size, sidebar, readme, colab, executed, pytest],[]
+    checks,failed = [exported, size, sidebar, readme, colab, still, executed, pytest],[]
     for f in checks:
         print(f'\n== {f.__name__}: {f.__doc__}', flush=True)
         if not f(): failed.append(f)
