@@ -57,7 +57,13 @@ def test_blocks_are_averaged(vit):
     torch.testing.assert_close(a.map, sum(o.map for o in one)/3)
     torch.testing.assert_close(mean_of(one).unplaced, a.unplaced)
     assert usual_blocks('fullgrad', 6) == (0, 0) and usual_blocks('grad_cam', 6) == (5, 5) and usual_blocks('grad_sam', 6) == (0, 5)
-    assert usual_blocks('occlusion', 6) is None and usual_blocks('fullgrad_plus', 6) is None and usual_blocks('grad_cam', 0) == (0, 0)
+    assert usual_blocks('occlusion', 6) is None and usual_blocks('att_cat', 6) is None and usual_blocks('fullgrad_plus', 6) == (0, 5) and usual_blocks('grad_cam', 0) == (0, 0)
+
+@pytest.mark.parametrize('name', ['fullgrad_plus', 'skip_plus'])
+def test_means_over_blocks_as_they_come(vit, name):
+    a, b = Explainer(vit, SCENE.images).attribution(View(method=name, blocks=usual_blocks(name, 6))), explain(vit, SCENE.images[:1], method=name)
+    torch.testing.assert_close(a.map, b.map); torch.testing.assert_close(a.unplaced, b.unplaced)
+    torch.testing.assert_close(a.completeness_error, b.completeness_error, atol=1e-5, rtol=0)
 
 def test_kept_and_bounded(vit):
     e = Explainer(vit, SCENE.images, most=3)
