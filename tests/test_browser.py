@@ -239,6 +239,7 @@ def test_classes_and_images(explorer):
 @of('18_explore')
 def test_blocks(explorer):
     p = explorer
+    with p.changes(): p.option('method', 'fullgrad_plus')
     assert p('blocks', '.noUi-target').get_attribute('disabled') is None
     with p.changes(): p('blocks', '.noUi-handle').last.press('ArrowLeft')
     with p.changes(): p.option('method', 'pixel_x_gradient')
