@@ -55,8 +55,9 @@ def heat(
     limit, (H, W) = limit or values.abs().max().item() or 1., rgb.shape[:2]
     times = -(-256//max(H, W))  # small images get a map finer than their pixels
     fine = smooth(values, (times*H, times*W)).clamp(-limit, limit).numpy()
-    ax.imshow((rgb.mean(-1)*.55 + .4).numpy(), cmap='gray', vmin=0, vmax=1, extent=(0, W, H, 0))
-    drawn = ax.imshow(fine, cmap=cmap or signed(), vmin=-limit, vmax=limit, alpha=opacity*np.sqrt(np.abs(fine)/limit), extent=(0, W, H, 0))
+    alpha = opacity*np.minimum(1, 1.5*np.abs(fine)/limit)  # steeper at 0 it would draw outlines where a map only changes its sign
+    ax.imshow((rgb.mean(-1)*.35 + .63).numpy(), cmap='gray', vmin=0, vmax=1, extent=(0, W, H, 0))
+    drawn = ax.imshow(fine, cmap=cmap or signed(), vmin=-limit, vmax=limit, alpha=alpha, extent=(0, W, H, 0))
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     return drawn
 
@@ -174,5 +175,6 @@ def as_png(fig, dpi=72)->bytes:
     picture = Image.open(full)
     clear = picture.getextrema()[-1] != (255, 255)
     if not clear: picture = picture.convert('RGB')
-    picture.quantize(256, Image.Quantize.FASTOCTREE if clear else None, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    how = dict(method=Image.Quantize.FASTOCTREE) if clear else dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3)  # the usual way loses rare colours
+    picture.quantize(256, dither=Image.Dither.NONE, **how).save(small, 'PNG', optimize=True)
     return small.getvalue()
