@@ -62,13 +62,19 @@ def lab(tmp_path_factory):
             except subprocess.TimeoutExpired: p.kill(); p.wait()
 
 
+def found(): return next(filter(None, map(shutil.which, ['chromium', 'google-chrome', 'chromium-browser'])), None)
+
+def fetch():
+    "Chromium where there is none: from the system's packages for root on Debian and its kin, as in a container; else playwright's own"
+    root = hasattr(os, 'geteuid') and not os.geteuid() and shutil.which('apt-get')
+    commands = [['apt-get', 'update', '-qq'], ['apt-get', 'install', '-y', '-qq', 'chromium']] if root else [[sys.executable, '-m', 'playwright', 'install', 'chromium']]
+    with contextlib.suppress(subprocess.SubprocessError, OSError):
+        for c in commands: subprocess.run(c, timeout=400, check=True, stdout=subprocess.DEVNULL, env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
+
 def launch(p):
-    "The system's Chromium, or the one of playwright, which is fetched where that is possible"
-    exe = next(filter(None, map(shutil.which, ['chromium', 'google-chrome', 'chromium-browser'])), None)
-    if exe: return p.chromium.launch(executable_path=exe, args=ARGS)
-    if not Path(p.chromium.executable_path).exists():
-        with contextlib.suppress(subprocess.SubprocessError, OSError): subprocess.run([sys.executable, '-m', 'playwright', 'install', 'chromium'], timeout=180, check=True)
-    try: return p.chromium.launch(args=ARGS)
+    "The system's Chromium, or the one of playwright; one is fetched where there is none and that is possible"
+    if not found() and not Path(p.chromium.executable_path).exists(): fetch()
+    try: return p.chromium.launch(executable_path=found(), args=ARGS)
     except Exception as e: missing(f'no Chromium starts here ({str(e).splitlines()[0]})')
 
 @pytest.fixture(scope='module')
