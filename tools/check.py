@@ -67,7 +67,7 @@ def executed():
 
 def pytest():
     "tests/"
-    return run(sys.executable, '-m', 'pytest', 'tests', '-q', '-n', 'auto', '--dist', 'loadfile', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    return run(sys.executable, '-m', 'pytest', 'tests', '-q', '-n', 'auto', '--maxprocesses', '4', '--dist', 'loadfile', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 def main():
     checks,failed = [exported, size, sidebar, readme, colab, still, executed, pytest],[]
