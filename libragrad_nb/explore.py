@@ -6,9 +6,9 @@
 __all__ = ['MEANS', 'GOOD', 'BAD', 'MOST_PIXELS', 'FAMILY', 'OPS', 'View', 'terms_of', 'Explainer', 'mean_of', 'Answer',
            'probabilities', 'removed', 'called', 'limit_of', 'draw_image', 'draw_words', 'leaks_of', 'draw_ledger',
            'verdict', 'draw', 'facts_html', 'ledger_html', 'read_image', 'top_classes', 'first_class', 'find_class',
-           'sentence', 'working', 'labelled', 'percent', 'image_html', 'Panel', 'question_controls', 'read_view',
-           'usual_blocks', 'Asking', 'hint_html', 'Explorer', 'split_prompts', 'PromptExplorer', 'TextExplorer',
-           'Balance', 'balance', 'draw_balance', 'says', 'RuleLab']
+           'sentence', 'working', 'labelled', 'percent', 'image_html', 'Panel', 'rule_switches', 'switched_off',
+           'question_controls', 'read_view', 'usual_blocks', 'Asking', 'hint_html', 'Explorer', 'split_prompts',
+           'PromptExplorer', 'TextExplorer', 'Balance', 'balance', 'draw_balance', 'says', 'RuleLab']
 
 # %% ../nbs/18_explore.ipynb #2b4b82ba
 import base64, html, io, math, warnings
@@ -377,16 +377,21 @@ class Panel(W.VBox):
 # %% ../nbs/18_explore.ipynb #1fd94ab5
 FAMILY = dict(activations='activations', attention='attention', layernorm='LayerNorm', gating='products')
 
+def rule_switches()->dict:
+    "A switch for every family of rules"
+    def switch(f): return labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
+    return {f'rule_{f}': switch(f) for f in families()}
+
+def switched_off(controls:dict)->tuple: return tuple(f for f in families() if f'rule_{f}' in controls and not controls[f'rule_{f}'].value)
+
 def question_controls(e:Explainer)->dict:
     "Controls for class, method, rules, blocks, scale and deletion"
     fits = {n: n if e.attention or not m.attention else f'{n} (needs attention)' for n, m in methods.items()}
-    def switch(f): return labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
-    rules = {f'rule_{f}': switch(f) for f in families()}
     whole = dict(min=0, max=max(0, e.L - 1), value=(0, max(0, e.L - 1)))
     return dict(
         target=labelled(W.Dropdown, 'class', 'which score is explained'),
         other=labelled(W.Text, 'another class', 'a number or a name', placeholder='number or name'),
-        method=labelled(W.Dropdown, 'method', options=[(fits[n], n) for n in sorted(fits, key=lambda n: fits[n] != n)], value=e.usual), **rules,
+        method=labelled(W.Dropdown, 'method', options=[(fits[n], n) for n in sorted(fits, key=lambda n: fits[n] != n)], value=e.usual), **rule_switches(),
         blocks=labelled(W.IntRangeSlider, 'blocks', 'the mean over these blocks, where the method has one', **whole),
         scale=percent('full colour at', 'share of the largest value', 1., .05),
         gone=percent('take away', 'share of the patches or words, most important first', 0., high=.95))
@@ -394,9 +399,8 @@ def question_controls(e:Explainer)->dict:
 # %% ../nbs/18_explore.ipynb #ba49edfb
 def read_view(controls:dict)->View:
     "What the controls say"
-    off = tuple(f for f in families() if f'rule_{f}' in controls and not controls[f'rule_{f}'].value)
     said = {k: controls[k].value for k in ('which', 'target', 'method', 'last', 'gone', 'scale', 'opacity') if k in controls}
-    return View(**said, off=off, blocks=None if controls['blocks'].disabled else controls['blocks'].value)
+    return View(**said, off=switched_off(controls), blocks=None if controls['blocks'].disabled else controls['blocks'].value)
 
 def usual_blocks(name:str, L:int):
     "First and last block of a method as it comes; None where it has no choice of blocks"

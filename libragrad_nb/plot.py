@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/17_plot.ipynb #7e3a2f5d
-from .colours import THEMES, as_png, coloured_words, heat, ink_on, lines_of, save, sheet, signed, theme, unsigned
+from .colours import THEMES, as_png, coloured_words, heat, ink_on, lines_of, plain_text, save, sheet, signed, theme, unsigned
 from .explain import Attribution
 from .gradient_maps import find_method
 from .trace import Trace
@@ -120,15 +120,12 @@ def grid(
     fig, axes = plt.subplots(bands*len(rows), wide + 1, figsize=(width, bands*len(rows)*(side + (.5 if scale == 'map' else .36)) + .1), squeeze=False, layout='constrained', width_ratios=ratios)
     for ax in axes.flat: ax.axis('off')
     _image_in_front(fig, axes, next(iter(cells.values())), i, outline, _asked(cells.values(), i) if title is None else title)
-    drawn = {}
-    for b in range(bands):
-        for y, r in enumerate(rows):
-            line = axes[b*len(rows) + y, 1:]
-            for x, c in enumerate(columns[b*wide:(b + 1)*wide]):
-                if (r, c) in cells: drawn[r, c] = _cell(line[x], cells[r, c], i, limits[r, c], outline, c if y == 0 else '', r if x == 0 else '', scale)
-            here = [drawn[k] for k in drawn if k[0] == r]
-            if scale == 'row' and here: _bar(fig, here[0], list(line), fraction=.04, pad=.02, aspect=12)
-    if scale == 'all': _bar(fig, next(iter(drawn.values())), axes[:, 1:], 'units of the score', fraction=.03, pad=.02, shrink=min(1, 2.5/(bands*len(rows))), aspect=15)
+    for k, line in enumerate(axes[:, 1:]):
+        r, here = list(rows)[k % len(rows)], columns[k//len(rows)*wide:][:wide]
+        drawn = [_cell(line[x], cells[r, c], i, limits[r, c], outline, '' if k % len(rows) else c, '' if x else r, scale) for x, c in enumerate(here) if (r, c) in cells]
+        if scale == 'row' and drawn: _bar(fig, drawn[0], list(line), fraction=.04, pad=.02, aspect=12)
+        if scale == 'all' and drawn: whole = drawn[0]
+    if scale == 'all': _bar(fig, whole, axes[:, 1:], 'units of the score', fraction=.03, pad=.02, shrink=min(1, 2.5/len(axes)), aspect=15)
     plt.close(fig)
     return fig
 
@@ -241,7 +238,7 @@ def pairs(
     height = (width - 1)*len(rows)/max(len(columns), 1)*.8 + .8
     fig, ax = plt.subplots(figsize=(width, height), layout='constrained')
     sns.heatmap(values.numpy(), ax=ax, cmap=signed(), vmin=-top, vmax=top, annot=strong, fmt='', annot_kws=dict(size=7), linewidths=.5,
-                linecolor='none', xticklabels=columns, yticklabels=rows, cbar_kws=dict(fraction=.04, pad=.02, format='%+.2g', ticks=[-top, 0, top]))
+                linecolor='none', xticklabels=list(map(plain_text, columns)), yticklabels=list(map(plain_text, rows)), cbar_kws=dict(fraction=.04, pad=.02, format='%+.2g', ticks=[-top, 0, top]))
     ax.tick_params(labelsize=8, length=0); plt.setp(ax.get_xticklabels(), rotation=40, ha='right', rotation_mode='anchor'); plt.setp(ax.get_yticklabels(), rotation=0)
     for t, v in zip(ax.texts, values.flatten().tolist()): t.set_color(ink_on(signed()((v/top + 1)/2)))
     ax.collections[0].colorbar.ax.tick_params(labelsize=7)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Text', 'read', 'Pooled', 'toward', 'Alike', 'listing', 'alike', 'shares', 'pair_matrix', 'SentenceExplorer',
-           'draw_pairs', 'facts_html']
+           'facts_html']
 
 # %% ../nbs/34_sentences.ipynb #9ddfe936
 import base64, html
@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../nbs/34_sentences.ipynb #cf8323e1
-from .colours import as_png, coloured_words, lines_of, plain_text, sheet
+from .colours import as_png, coloured_words, lines_of, sheet
 from .core import const, libra
 from .explain import explain
-from .explore import FAMILY, GOOD, BAD, Panel, image_html, labelled
+from .explore import GOOD, BAD, Panel, image_html, labelled, rule_switches, switched_off
 from .ledger import name_of
 from .plot import _scale_below, pairs
-from .presets import families, without
+from .presets import without
 from .trace import as_function
 
 # %% ../nbs/34_sentences.ipynb #72580d3a
@@ -203,13 +203,12 @@ class SentenceExplorer(Panel):
     "Write two sentences, and see which words make them alike; each family of rules has its switch"
     def __init__(self, encoder, tokenizer, first:str, second:str, pool='mean'): # as for `alike`
         self.model = dict(encoder=encoder, tokenizer=tokenizer, pool=pool)
-        def rule(f): return labelled(W.Checkbox, f'rule for {FAMILY.get(f, f)}', 'off: these operations keep their plain gradient', '190px', value=True, indent=False)
         texts = {k: labelled(W.Text, f'{k} sentence', width='630px', value=v) for k, v in dict(first=first, second=second).items()}
         pairs = labelled(W.Checkbox, 'word by word', 'show the score as a sum over pairs of words', '190px', value=False, indent=False)
-        super().__init__(dict(texts, **{f'rule_{f}': rule(f) for f in families()}, pairs=pairs))
+        super().__init__(dict(texts, **rule_switches(), pairs=pairs))
 
     def react(self, name):
-        off = [f for f in families() if not self.controls[f'rule_{f}'].value]
+        off = switched_off(self.controls)
         self.asked = dict(self.model, rules=without(*off) if off else 'libra', **{k: self.controls[k].value for k in ('first', 'second')})
 
     def refresh(self):
@@ -219,11 +218,9 @@ class SentenceExplorer(Panel):
         self.picture.value = image_html(self.figure(), repr(answer))
         self.numbers.value = facts_html(answer)
 
-    def figure(self, width=7): return self.answer.show(width) if self.matrix is None else draw_pairs(*self.matrix, width)
+    def figure(self, width=7): return self.answer.show(width) if self.matrix is None else pairs(*self.matrix, width)
 
 # %% ../nbs/34_sentences.ipynb #f4e6fbb7
-def draw_pairs(matrix, rows, columns, width=7): return pairs(matrix, *(list(map(plain_text, l)) for l in (rows, columns)), width)
-
 def facts_html(a:Alike)->str:
     "The score, whether the words and constants add up to it, and what the constants bring"
     lost = max(a.completeness_error, key=abs)

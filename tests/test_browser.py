@@ -178,7 +178,7 @@ def notebook(request, lab, browser):
 
 def of(*names): return pytest.mark.parametrize('notebook', [n for n in names if n in NOTEBOOKS], indirect=True)
 
-def test_the_notebooks_are_found(): assert '18_explore' in NOTEBOOKS
+def test_the_notebooks_are_found(): assert {'18_explore', '30_vit', '31_mixer', '32_clip', '33_llama', '34_sentences'} <= set(NOTEBOOKS)
 
 @of(*NOTEBOOKS)
 def test_every_panel_answers(notebook):

@@ -98,3 +98,7 @@ def test_grid_says_which_class_where_it_is_one():
     a, b = (attribution(torch.eye(4)) for _ in range(2))
     b.target = b.target + 3
     assert 'target 0' in texts(grid({'x': a, 'y': a})) and not any(t.startswith('target') for t in texts(grid({'x': a, 'y': b})))
+
+def test_words_in_a_matrix_are_no_formulas():
+    fig = pairs(torch.eye(2), ['$x', 'a_b$'], ['$', '{$}'])
+    assert drawn(fig).width > 300
