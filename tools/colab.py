@@ -9,7 +9,7 @@ BADGE, INSTALL = 'colab-badge', 'colab-install'  # ids of the two cells
 MARK = '[![Open In Colab]'
 IMPORTED_AS = {'open_clip_torch': 'open_clip', 'grad-cam': 'pytorch_grad_cam'}  # packages whose module has another name
 
-def notebooks(): return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if p.name[0] not in '._')
+def notebooks(): return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
 
 def packages(code):
     "Top-level names that lines of code import"

@@ -13,7 +13,7 @@ def still(nb):
 
 def main(check='--check' in sys.argv):
     only, bad = [a for a in sys.argv[1:] if a != '--check'], []
-    for p in [p for p in sorted((ROOT/'nbs').glob('*.ipynb')) if not only or p.stem in only]:
+    for p in [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts and (not only or p.stem in only)]:
         nb = json.loads(p.read_text(encoding='utf-8'))
         if not still(nb): continue
         bad.append(p.name)
