@@ -33,7 +33,13 @@ class Examples:
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i): return Examples(*(None if (v := getattr(self, f.name)) is None else v[i] for f in fields(self)))
-    def show(self, n=6, width=7, names=None): return _show(self, n, width, names) # names of the classes
+    def show(self,
+        n:int=6,       # questions, from the first
+        width:float=7, # in inches
+        names=None,    # of the classes
+    )->object:         # matplotlib figure
+        "What is asked for outlined in white, its rival dotted"
+        return _show(self, n, width, names)
 
 # %% ../nbs/20b_examples.ipynb #77c9c7a9
 def digit_examples(
@@ -182,7 +188,9 @@ class ImageFiles:
         self.transforms, self.skipped, self.unmarked = _transforms(model), {}, {}
     def __len__(self): return len(self.rows)
     @property
-    def ids(self): return self.rows.image.to_numpy()
+    def ids(self):
+        "Paths of the images"
+        return self.rows.image.to_numpy()
 
     def __getitem__(self, part:slice)->Examples:
         found = [e for row in self.rows[part].itertuples() if (e := self._one(row)) is not None]

@@ -38,9 +38,17 @@ class Attribution:
     rules:str                       # the name of the rule set
 
     @property
-    def additive_share(self): return self.additive/self.score
+    def additive_share(self):
+        "What the constants contribute, as a share of the score [B]"
+        return self.additive/self.score
     @property
-    def unplaced_share(self): return self.unplaced/self.score
+    def unplaced_share(self):
+        "The constants without a place, as a share of the score [B]"
+        return self.unplaced/self.score
+    @property
+    def text(self):
+        "Whether these explain texts"
+        return self.rgb.ndim == 2
 
     def __len__(self): return len(self.score)
     def __repr__(self):
@@ -48,11 +56,17 @@ class Attribution:
         account = 'not in units of the score' if lost.isnan() else f'at most {lost:.1e} of a score unexplained'
         return f'Attribution({self.method}, {self.rules}: {len(self)} maps of {self.map.shape[1]}x{self.map.shape[2]}, {account})'
 
-    @property
-    def text(self): return self.rgb.ndim == 2
-
-    def show(self, width:float=7, labels=None): return _show_text(self, width, labels) if self.text else _show(self, width)
-    def save(self, path): return _save(self, path)
+    def show(self,
+        width:float=7, # in inches
+        labels=None,   # of texts: B lists of N strings; None: token ids
+    )->object:         # matplotlib figure
+        "Every image beside its map; every text on the colours of its tokens"
+        return _show_text(self, width, labels) if self.text else _show(self, width)
+    def save(self,
+        path, # ends in .png, .svg, .pdf, or in .npz for the numbers
+    )->str:   # the path
+        "Write the picture or the numbers to a file, whole or not at all"
+        return _save(self, path)
     def _repr_html_(self): return _html(self)
 
 # %% ../nbs/16_explain.ipynb #1b688da9

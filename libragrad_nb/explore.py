@@ -45,9 +45,13 @@ class View:
     opacity:float=1.           # of the colours
 
     @property
-    def rules(self): return without(*self.off) if self.off else 'libra'
+    def rules(self):
+        "The rule set that is left"
+        return without(*self.off) if self.off else 'libra'
     @property
-    def question(self): return self.which, self.last, self.target, self.off
+    def question(self):
+        "What a pass of the model depends on"
+        return self.which, self.last, self.target, self.off
 
 # %% ../nbs/18_explore.ipynb #c68d9dbb
 def terms_of(attention:bool)->tuple:
@@ -81,20 +85,31 @@ class Explainer:
         return self.inputs[which:which+1] if last is None else self.inputs[which:which+1, :last+1]
 
     def logits(self, which, last=None):
+        "Scores of the classes [classes]"
         with torch.no_grad(): output = self.model(x := self.x(which, last))
         return _logits(output, read_inputs(self.model, x).last())[0].float().cpu()
 
     def trace(self, which, last, target, off):
+        "The trace of a question, with all that the methods read"
         return trace(self.model, self.x(which, last), target, View(off=off).rules, terms=self.terms)[0]
 
-    def ask(self, which, last): return Removal(self.model, self.x(which, last))
-    def ledger(self, which, last, target, off): return _sheet(self.model, self.x(which, last), target, View(off=off).rules)
+    def ask(self, which, last):
+        "The input without some of its patches, a `Removal`"
+        return Removal(self.model, self.x(which, last))
+    def ledger(self, which, last, target, off):
+        "The ledger of a question, or a sentence where it cannot be drawn up"
+        return _sheet(self.model, self.x(which, last), target, View(off=off).rules)
     def run(self, which, last, target, off, method):
+        "The map of a method that runs the model itself"
         quiet = {'progress': False} if 'progress' in find_method(method)[0].options else {}
         return explain(self.model, self.x(which, last), target, method, View(off=off).rules, **quiet)
 
-    def attribution(self, view): return _attribution(self, view)
-    def answer(self, view): return _answer(self, view)
+    def attribution(self, view:View)->Attribution:
+        "The map of a view"
+        return _attribution(self, view)
+    def answer(self, view:View):
+        "All that the library says about a view, an `Answer`"
+        return _answer(self, view)
 
 # %% ../nbs/18_explore.ipynb #0ad94a68
 def mean_of(found:list)->Attribution:
@@ -134,13 +149,16 @@ class Answer:
     tolerance:float        # share of the score that rounding may lose
 
     @property
-    def target(self): return self.found.target.item()
+    def target(self):
+        "The class that is explained"
+        return self.found.target.item()
     @property
     def lost(self):
         "Share of the score that has no owner, signed; NaN for a map without a unit"
         return (self.found.completeness_error/self.found.score.abs()).item()
     @property
     def adds_up(self):
+        "Whether what is lost is within rounding"
         size = max(self.found.score.abs().item(), self.found.map.abs().sum().item())
         return self.found.completeness_error.abs().item() <= self.tolerance*size
 
@@ -568,7 +586,9 @@ class Balance:
     parts:list     # what goes to each number of the input
     constant:float # what goes to constants
     @property
-    def missing(self): return self.output - sum(self.parts) - self.constant
+    def missing(self):
+        "What of the output goes nowhere"
+        return self.output - sum(self.parts) - self.constant
 
 def balance(
     op:str,        # a name in `OPS`

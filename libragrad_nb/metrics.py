@@ -116,33 +116,64 @@ class _Curves:
     dropped:bool                  # tokens were dropped; else set to zero
 
     @property
-    def probability(self): return self.log_probability.exp()
+    def probability(self):
+        "Of the target [2, K, M, B]"
+        return self.log_probability.exp()
     @property
-    def accuracy(self): return self.right.double().mean(-1)
+    def accuracy(self):
+        "Share of the images whose target is predicted [2, K, M]"
+        return self.right.double().mean(-1)
     @property
-    def aopc(self): return self.probability[:, :1] - self.probability
+    def aopc(self):
+        "How much of the probability is lost [2, K, M, B]"
+        return self.probability[:, :1] - self.probability
     @property
-    def log_odds(self): return self.log_probability[:, :1] - self.log_probability
+    def log_odds(self):
+        "How much of the log probability is lost [2, K, M, B]"
+        return self.log_probability[:, :1] - self.log_probability
 
-    def curve(self, what='probability')->torch.Tensor: # [2, K, M, B]
-        "'probability', 'accuracy', 'log_probability', or what is lost of the first and the last: 'aopc', 'log_odds'"
+    def curve(self,
+        what:str='probability', # or 'accuracy', 'log_probability', 'aopc', 'log_odds'
+    )->torch.Tensor:            # [2, K, M, B]
+        "A score of every image while patches go"
         if what not in SCORES: raise ValueError(f'no score {what!r}: choose {", ".join(SCORES)}')
         return self.right.double() if what == 'accuracy' else getattr(self, what)
 
 # %% ../nbs/20_metrics.ipynb #fe75111d
 class Faithfulness(_Curves):
     "Scores of B images while the most (0) and the least influential (1) patches go, by M maps: curves, what sums them up, and pictures"
-    def mean(self, what='probability'): return self.curve(what).mean(1)
-    def area(self, what='probability'): return torch.trapezoid(self.curve(what), torch.tensor(self.fractions).double(), dim=1)
+    def mean(self,
+        what:str='probability', # as for `curve`
+    )->torch.Tensor:            # [2, M, B]
+        "The mean of a score over the fractions"
+        return self.curve(what).mean(1)
+    def area(self,
+        what:str='probability', # as for `curve`
+    )->torch.Tensor:            # [2, M, B]
+        "The area under the curve of a score"
+        return torch.trapezoid(self.curve(what), torch.tensor(self.fractions).double(), dim=1)
 
-    def srg(self, what='probability', by='mean')->torch.Tensor: # [M, B]
+    def srg(self,
+        what:str='probability', # as for `curve`
+        by:str='mean',          # or 'area'
+    )->torch.Tensor:            # [M, B]
         "Symmetric relevance gain: least influential first minus most (most minus least where a score counts what is lost), so that more is better"
         if by not in ('mean', 'area'): raise ValueError(f"unknown summary {by!r}: choose 'mean' or 'area'")
         most, least = getattr(self, by)(what)
         return most - least if what in DROPS else least - most
 
-    def table(self, what=('probability', 'accuracy'), by='mean'): return _table(self, what, by)
-    def plot(self, what='probability', width=7): return _plot(self, what, width)
+    def table(self,
+        what=('probability', 'accuracy'), # one score or several, as for `curve`
+        by:str='mean',                    # or 'area'
+    )->pd.DataFrame:                      # a row for each map
+        "Most and least influential first, their gain, and its standard error, means over the images"
+        return _table(self, what, by)
+    def plot(self,
+        what:str='probability', # as for `curve`
+        width:float=7,          # in inches
+    )->object:                  # matplotlib figure
+        "Both curves of every map, and the gain between them"
+        return _plot(self, what, width)
     def __repr__(self):
         return f'Faithfulness({len(self.names)} maps, {len(self.target)} images, tokens {"dropped" if self.dropped else "zeroed"})'
     def _repr_html_(self): return self.table().to_html(float_format='{:.3f}'.format)
@@ -245,13 +276,19 @@ class Completeness:
     fullgrad:torch.Tensor         # [R, 1+L, B] score minus FullGrad: all constants are counted as well
 
     @property
-    def places(self): return ['pixels', *range(self.fullgrad.shape[1] - 1)]
-    def table(self):
+    def places(self):
+        "'pixels', and the numbers of the blocks"
+        return ['pixels', *range(self.fullgrad.shape[1] - 1)]
+    def table(self)->pd.DataFrame: # a row for each place
         "Mean absolute error, in units of the score"
         def mean(method, k): return getattr(self, method)[k].abs().mean(-1).tolist()
         columns = {(m, r): mean(m, k) for m in ('input_x_gradient', 'fullgrad') for k, r in enumerate(self.rules)}
         return pd.DataFrame(columns, index=pd.Index(self.places, name='block'))
-    def plot(self, width=7): return _plot_completeness(self, width)
+    def plot(self,
+        width:float=7, # in inches
+    )->object:         # matplotlib figure
+        "Mean absolute error at every place"
+        return _plot_completeness(self, width)
     def __repr__(self): return f'Completeness({", ".join(self.rules)}: {len(self.score)} images, {len(self.places) - 1} blocks)'
     def _repr_html_(self): return self.table().to_html(float_format='{:.2g}'.format)
 

@@ -35,7 +35,9 @@ class Text:
     word:torch.Tensor     # [N] the word of every piece
     special:torch.Tensor  # [N] whether the tokenizer put it there
     @property
-    def inputs(self): return dict(input_ids=self.ids, attention_mask=torch.ones_like(self.ids))
+    def inputs(self):
+        "Arguments of the encoder"
+        return dict(input_ids=self.ids, attention_mask=torch.ones_like(self.ids))
 
     def merge(self, values):
         "Pieces [N] to words [W]: a word gets the sum of its pieces"
@@ -112,16 +114,27 @@ class Alike:
     constants:tuple    # for each what all additive constants give: positions, biases
     rules:str          # the name of the rule set
     @property
-    def words(self): return tuple(t.words for t in self.texts)
+    def words(self):
+        "For each sentence its words [W]"
+        return tuple(t.words for t in self.texts)
     @property
-    def values(self): return tuple(t.merge(v) for t, v in zip(self.texts, self.pieces))
+    def values(self):
+        "For each sentence what its words give [W]"
+        return tuple(t.merge(v) for t, v in zip(self.texts, self.pieces))
     @property
-    def completeness_error(self): return tuple(self.score - v.sum().item() - c for v, c in zip(self.pieces, self.constants))
+    def completeness_error(self):
+        "For each sentence the score minus all that its words and constants give"
+        return tuple(self.score - v.sum().item() - c for v, c in zip(self.pieces, self.constants))
 
     def __repr__(self):
         lost = max(map(abs, self.completeness_error))
         return f'Alike({self.score:.3f}, {self.rules}: at most {lost:.1e} unexplained; constants {self.constants[0]:.3f} and {self.constants[1]:.3f})'
-    def show(self, width:float=7, limit=None): return listing([self], width, limit)
+    def show(self,
+        width:float=7,    # in inches
+        limit:float=None, # value of the strongest colour, the largest where not given
+    )->object:            # matplotlib figure
+        "Both sentences, words coloured by what they give"
+        return listing([self], width, limit)
     def _repr_html_(self): return f'<p>{self!r}</p><img alt="coloured words" src="data:image/png;base64,{base64.b64encode(as_png(self.show(), 100)).decode()}">'
 
 # %% ../nbs/34_sentences.ipynb #6c95536f
