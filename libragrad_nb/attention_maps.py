@@ -98,24 +98,24 @@ def _reads(
 
 # %% ../nbs/12_attention_maps.ipynb #8ed6b7ac
 raw_attention = _reads('raw_attention', weights, 'Bahdanau et al. 2015', r'\bar A_i',
-                      doc='What is looked at, in one block: mean over heads, for any question the same')
+                       doc='What is looked at, in one block: mean over heads, for any question the same')
 attention_gradient = _reads('attention_gradient', gradient, 'Mehri et al. 2025', r'\sum_i \mathrm{mean}_h |\nabla A_i|', 'absolute', 'plus',
-                           doc='The gradient of the attention weights, mean over heads')
+                            doc='The gradient of the attention weights, mean over heads')
 attention_x_gradient = _reads('attention_x_gradient', weights_x_gradient, 'Mehri et al. 2025',
-                             r'\sum_i \mathrm{mean}_h A_i \nabla A_i', 'signed', 'plus', doc='Attention weights times gradient')
+                              r'\sum_i \mathrm{mean}_h A_i \nabla A_i', 'signed', 'plus', doc='Attention weights times gradient')
 mean_attention_x_gradient = _reads('mean_attention_x_gradient', mean_weights_x_gradient, 'Mehri et al. 2025',
-                                  r'\sum_i \bar A_i\, \mathrm{mean}_h \nabla A_i', 'signed', 'plus', doc='The same with the mean of the weights')
+                                   r'\sum_i \bar A_i\, \mathrm{mean}_h \nabla A_i', 'signed', 'plus', doc='Mean attention weights times gradient')
 
 # %% ../nbs/12_attention_maps.ipynb #3cb20eea
 grad_sam = _reads('grad_sam', weights_x_gradient, 'Barkan et al. 2021', r'\sum_i \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i)', 'positive', 'plus',
-                 doc='GradSAM: attention times gradient, positive part, over all blocks (Barkan et al. 2021)')
+                  doc='GradSAM: attention times gradient, positive part, over all blocks (Barkan et al. 2021)')
 
 def weights_x_mean_gradient(here:Attended): # the attention of one block
     "Weights times the mean gradient of their row, prefix tokens left out [B, H, n, n]"
     return here.weights*here.gradient[..., here.prefix:].mean(-1, keepdim=True)
 
 attn_cam = _reads('attn_cam', weights_x_mean_gradient, 'Chefer et al. 2021', r'\mathrm{mean}_h \big(A_i\, \mathrm{mean}_s \nabla A_i[\cdot, s]\big)',
-                 doc='AttnCAM: Grad-CAM on the attention heads of one block (Chefer et al. 2021, arXiv 2012.09838)')
+                  doc='AttnCAM: Grad-CAM on the attention heads of one block (Chefer et al. 2021, arXiv 2012.09838)')
 
 # %% ../nbs/12_attention_maps.ipynb #7599a175
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def _rolls(name, of, sign, paper, formula, doc=''):
     return rolled
 
 attention_rollout = _rolls('attention_rollout', weights, 'signed', 'Abnar & Zuidema 2020', r'\prod_i (\tfrac12 \bar A_i + \tfrac12 I)',
-                          doc='Attention rollout, down to the input of a block (Abnar & Zuidema 2020, arXiv 2005.00928)')
+                           doc='Attention rollout, down to the input of a block (Abnar & Zuidema 2020, arXiv 2005.00928)')
 gen_att = _rolls('gen_att', weights_x_gradient, 'positive', 'Chefer et al. 2021b',
-                r'\prod_i (\tfrac12 \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i) + \tfrac12 I)',
-                doc='GenAtt: attention times gradient, positive part, rolled out (Chefer et al. 2021b, arXiv 2103.15679)')
+                 r'\prod_i (\tfrac12 \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i) + \tfrac12 I)',
+                 doc='GenAtt: attention times gradient, positive part, rolled out (Chefer et al. 2021b, arXiv 2103.15679)')
 aliases['rollout'] = 'attention_rollout'
 
 # %% ../nbs/12_attention_maps.ipynb #149e7baf
@@ -275,7 +275,7 @@ def legrad(
     target=None,   # see `choose`
     rules='libra', # name of a rule set, or a set of rules
     of='logit',    # or 'probability'
-    head:str=None, # of a block it is shown the 'mean' of all tokens, as published, or all, as the 'model' reads them; None: 'mean', unless it pools by attention
+    head:str=None, # it is shown the 'mean' token of a block, as published, or all as the 'model' reads them; None: 'mean', unless it pools by attention
     last:int=None, # only so many of the last blocks; None: all
 ):
     "LeGrad: every block's gradient of a score of its own (Bousselham et al. 2024, arXiv 2404.03214)"

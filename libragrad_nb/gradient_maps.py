@@ -207,7 +207,7 @@ def xgrad_cam_plus_term(
     h, # tokens [B, n, C] at the input of a block
     g, # their gradient, of the same shape
 ):     # [B, n]
-    "The same with the size of the activation as weight"
+    "Channels weighted by their gradient, tokens by the size of the activation"
     return ((g*h.abs()).sum(1, keepdim=True)/(h.abs().sum(1, keepdim=True) + 1e-7)*h).sum(-1)
 
 @method('xgrad_cam', 'Fu et al. 2020', r'\sum_c \frac{\sum_t G_i h_i}{\sum_t h_i}\, h_i', [xgrad_cam_term])
