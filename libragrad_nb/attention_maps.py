@@ -138,7 +138,7 @@ def _rolls(name, of, sign, paper, formula, doc=''):
         block=0,  # down to the input of which
         keep=.5,  # share of the residual stream, 0 to 1
         row=None, # where it starts, see `which_row`
-    ):            # tokens [B, N], and nothing unplaced
+    )->tuple:     # tokens [B, N], and nothing unplaced
         return t.term(Rolled(of, sign, row, keep))[block], nothing(t)
     rolled.__doc__, rolled.__name__ = doc, name
     method(name, paper, formula, terms=lambda keep, row: [Rolled(of, sign, row, keep)], attention=True, unit='')(rolled)
@@ -207,7 +207,7 @@ def token_tm(
     t,        # a `Trace` with these readers noted
     block=0,  # down to the input of which
     row=None, # where it starts, see `which_row`
-):            # tokens [B, N], and nothing unplaced
+)->tuple:     # tokens [B, N], and nothing unplaced
     "TokenTM: rollout with the token transformations measured, down to the input of a block (Wu et al. 2024, arXiv 2403.14552)"
     return t.term(_TokenTM(row))[block]*t.term(_token_length)[block], nothing(t)
 
@@ -277,7 +277,7 @@ def legrad(
     of='logit',    # or 'probability'
     head:str=None, # it is shown the 'mean' token of a block, as published, or all as the 'model' reads them; None: 'mean', unless it pools by attention
     last:int=None, # only so many of the last blocks; None: all
-):
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "LeGrad: every block's gradient of a score of its own (Bousselham et al. 2024, arXiv 2404.03214)"
     if head is not None and head not in HEADS: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
     data = read_inputs(model, images)
@@ -308,7 +308,7 @@ def without_empty(
     map,         # [B, rows, cols] or [B, N]
     empty,       # the same for an empty prompt
     above=.8,    # share of the range of `empty`
-):
+)->torch.Tensor: # shaped like `map`
     "`map`, with zero where the map of an empty prompt is high (LeGrad's SigLIP variant)"
     flat = empty.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)

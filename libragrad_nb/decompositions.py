@@ -462,7 +462,7 @@ def decompx(
     activation='secant',  # how parts go through an activation: 'secant' or 'taylor'
     batch_size:int=64,    # how many parts are carried at a time, over all images
     progress:bool=True,   # show a bar where there is more than one step
-):
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "DecompX: the part of the score that came from each token, followed forward (Modarressi et al. 2023)"
     run = Run(model, images, target, rules, of, activation)
     found = [_decomposed(run, i, _checked(batch_size), progress) for i in which_blocks(block, len(run.states))]
@@ -568,7 +568,7 @@ def globenc(
     normalise:bool=True,# rows sum to one in every block; False: lengths as they are
     batch_size:int=64,  # how many parts are carried at a time, over all images
     progress:bool=True, # show a bar where there is more than one block
-):
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "GlobEnc: lengths of the parts in every block, multiplied (Modarressi et al. 2022)"
     return _by_blocks(_length, model, images, target, rules, of, row, combine, keep, normalise, batch_size, progress)
 
@@ -585,6 +585,6 @@ def alti(
     normalise:bool=True,# rows sum to one in every block
     batch_size:int=64,  # how many parts are carried at a time, over all images
     progress:bool=True, # show a bar where there is more than one block
-):
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "ALTI: how much closer each part brings a token to what it becomes, multiplied over blocks (Ferrando et al. 2022)"
     return _by_blocks(_closeness, model, images, target, rules, of, row, combine, keep, normalise, batch_size, progress)

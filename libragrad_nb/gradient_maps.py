@@ -108,7 +108,7 @@ def _plain_name(name):
 
 def find_method(
     key:str, # a name, also as papers write it, and after an @ the block: 'fullgrad', 'FullGrad@3', 'grad_cam@plus', 'HiResCAM'
-):           # a `Method`, and options
+)->tuple:    # a `Method`, and options
     "Look up a method"
     if not isinstance(key, str): raise TypeError(f'a method is a name, not {key!r}')
     name, _, block = key.partition('@')
@@ -128,7 +128,7 @@ def find_method(
 def input_x_gradient(
     t:Trace,     # what one forward and one backward pass told
     block:int=0, # at whose input
-):               # tokens [B, N], and the constants from there on [B]
+)->tuple:        # tokens [B, N], and the constants from there on [B]
     "Input times gradient at the input of a block; at block 0 the patch embeddings (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block], placed.sum(-1) + unplaced
@@ -137,7 +137,7 @@ def input_x_gradient(
 @method('pixel_x_gradient', 'Shrikumar et al. 2016', r'\sum_c x\, \nabla_x f', pixels=True)
 def pixel_x_gradient(
     t:Trace, # what one forward and one backward pass told
-):           # pixels [B, H, W], and all constants [B]
+)->tuple:    # pixels [B, H, W], and all constants [B]
     "Input times gradient at the pixels, summed over the colours; any model has it (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(None)
     return t.pixels, placed.sum(-1) + unplaced
@@ -147,7 +147,7 @@ def pixel_x_gradient(
 def fullgrad(
     t:Trace,     # what one forward and one backward pass told
     block:int=0, # at whose input
-):               # tokens [B, N], and the constants without a place [B]
+)->tuple:        # tokens [B, N], and the constants without a place [B]
     "Input times gradient at the input of a block plus all constants from there on (Srinivas & Fleuret 2019)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block] + placed, unplaced
@@ -162,7 +162,7 @@ def fullgrad_plus(
     t:Trace,                   # what one forward and one backward pass told
     skip:bool=False,           # SkipPLUS: start at block L//2 (Mehri et al. 2024)
     constants:str='per_block', # 'per_block': the mean of FullGrad over blocks; 'once': the sum of Input x Gradient, and each constant once
-):                             # tokens [B, N], and the constants without a place [B]
+)->tuple:                      # tokens [B, N], and the constants without a place [B]
     "FullGrad+: FullGrad at every block, put together"
     start = len(t.input_x_gradient)//2 if skip else 0
     if constants == 'once':
@@ -180,7 +180,7 @@ def nothing(t:Trace): # or a `Question`
 def grad_cam_term(
     h, # tokens [B, n, C] at the input of a block
     g, # their gradient, of the same shape
-):     # [B, n]
+)->torch.Tensor: # [B, n]
     "Channels weighted by their mean gradient"
     return (g.mean(1, keepdim=True)*h).sum(-1)
 
@@ -188,7 +188,7 @@ def grad_cam_term(
 def grad_cam(
     t:Trace,      # with `grad_cam_term` noted
     block:int=-1, # at whose input
-):                # tokens [B, N], and nothing unplaced
+)->tuple:         # tokens [B, N], and nothing unplaced
     "Grad-CAM at the input of a block, signed; 'grad_cam@plus' (Grad-CAM+) is its sum over blocks (Selvaraju et al. 2017, arXiv 1610.02391)"
     return t.term(grad_cam_term)[block], nothing(t)
 
@@ -198,7 +198,7 @@ aliases['gradcamplus'] = 'grad_cam@plus'
 def xgrad_cam_term(
     h, # tokens [B, n, C] at the input of a block
     g, # their gradient, of the same shape
-):     # [B, n]
+)->torch.Tensor: # [B, n]
     "Channels weighted by their gradient where they are active"
     active = h.sum(1, keepdim=True)
     return (torch.where(active == 0, 0., (g*h).sum(1, keepdim=True)/active)*h).sum(-1)
@@ -206,7 +206,7 @@ def xgrad_cam_term(
 def xgrad_cam_plus_term(
     h, # tokens [B, n, C] at the input of a block
     g, # their gradient, of the same shape
-):     # [B, n]
+)->torch.Tensor: # [B, n]
     "Channels weighted by their gradient, tokens by the size of the activation"
     return ((g*h.abs()).sum(1, keepdim=True)/(h.abs().sum(1, keepdim=True) + 1e-7)*h).sum(-1)
 
@@ -214,7 +214,7 @@ def xgrad_cam_plus_term(
 def xgrad_cam(
     t:Trace,      # with `xgrad_cam_term` noted
     block:int=-1, # at whose input
-):                # tokens [B, N], and nothing unplaced
+)->tuple:         # tokens [B, N], and nothing unplaced
     "XGrad-CAM at the input of a block (Fu et al. 2020, arXiv 2008.02312)"
     return t.term(xgrad_cam_term)[block], nothing(t)
 
@@ -222,7 +222,7 @@ def xgrad_cam(
 def xgrad_cam_plus(
     t:Trace,      # with `xgrad_cam_plus_term` noted
     block:int=-1, # at whose input
-):                # tokens [B, N], and nothing unplaced
+)->tuple:         # tokens [B, N], and nothing unplaced
     "XGrad-CAM+: the weights of tokens are the size of the activation (Mehri et al. 2025, arXiv 2411.16760)"
     return t.term(xgrad_cam_plus_term)[block], nothing(t)
 
@@ -230,7 +230,7 @@ def xgrad_cam_plus(
 def grad_cam_plus_plus_term(
     h, # tokens [B, n, C] at the input of a block
     g, # their gradient, of the same shape
-):     # [B, n]
+)->torch.Tensor: # [B, n]
     "Channels weighted by their gradients, and these by a ratio of their powers"
     alpha = g**2/(2*g**2 + h.sum(1, keepdim=True)*g**3 + 1e-7)
     return ((alpha*g.relu()).sum(1, keepdim=True)*h).sum(-1)
@@ -240,7 +240,7 @@ def grad_cam_plus_plus_term(
 def grad_cam_plus_plus(
     t:Trace,      # with `grad_cam_plus_plus_term` noted
     block:int=-1, # at whose input
-):                # tokens [B, N], and nothing unplaced
+)->tuple:         # tokens [B, N], and nothing unplaced
     "Grad-CAM++ at the input of a block (Chattopadhay et al. 2018, arXiv 1710.11063)"
     return t.term(grad_cam_plus_plus_term)[block], nothing(t)
 
@@ -248,7 +248,7 @@ def grad_cam_plus_plus(
 def gradient_norm_term(
     h, # tokens [B, n, C] at the input of a block
     g, # their gradient, of the same shape
-):     # [B, n]
+)->torch.Tensor: # [B, n]
     "Length of each token's gradient"
     return g.norm(dim=-1)
 
@@ -256,7 +256,7 @@ def gradient_norm_term(
 def gradient_norm(
     t:Trace,     # with `gradient_norm_term` noted
     block:int=0, # at whose input
-):               # tokens [B, N], and nothing unplaced
+)->tuple:        # tokens [B, N], and nothing unplaced
     "Norm of the gradient at the input of a block, a sensitivity without sign (Simonyan et al. 2013, arXiv 1312.6034)"
     return t.term(gradient_norm_term)[block], nothing(t)
 

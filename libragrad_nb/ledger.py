@@ -475,7 +475,7 @@ def water_level(
     *sheets:Ledger, # one line each
     width:float=7,  # inches
     most:int=4,     # how many kinds of operations get a colour
-):                  # a matplotlib Figure
+)->object:          # a matplotlib Figure
     "Picture: the level of each sheet from the output (left) to the input; steps are coloured by the kind of operation that leaks"
     if not sheets: raise ValueError('no ledger to draw: water_level(ledger(model, images, rules="plain"), ledger(model, images))')
     import matplotlib.pyplot as plt

@@ -71,7 +71,7 @@ def baseline_state(
     rest:Rest,# of a model, from some block on
     images,   # the inputs that `rest` was made from
     baseline, # a number, a tensor like the state of one image, or 'image': the state of an image in the mean colour
-):            # [B, ...] like `rest.h`
+)->torch.Tensor: # [B, ...] like `rest.h`
     "Where a path starts"
     h = rest.h
     if isinstance(baseline, str):
@@ -98,7 +98,8 @@ def _path(block):
         baseline=0.,                 # where the path starts, see `baseline_state`
         integration:str='gauss_legendre',  # a name in `integrations`
         batch_size:int=32,           # steps x images that go through the model at once
-        progress:bool=True):         # show a bar where there is more than one step
+        progress:bool=True, # show a bar where there is more than one step
+    )->tuple: # `Question`, tokens [B, N], unplaced [B]
         "Mean gradient on the way from a baseline, times the way (Sundararajan et al. 2017)"
         places, weights = _places(integration, steps)
         rest = Rest(model, images, target, of, block)
@@ -130,7 +131,8 @@ def input_x_gradient_on_path(
     of='logit', *,      # or 'probability'
     steps:int=50,       # gradients for each image
     batch_size:int=32,  # steps x images that go through the model at once
-    progress:bool=True):# show a bar where there is more than one step
+    progress:bool=True, # show a bar where there is more than one step
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "Input x Gradient averaged over scaled inputs; not Integrated Gradients, although it has gone by that name"
     places, weights = _places('right', steps)
     rest = Rest(model, images, target, of)
@@ -164,7 +166,8 @@ def _smooth(block, norm=False, rules='libra', noise=.02):
         noise:float=noise,  # standard deviation, as a share of the range of values of each image
         seed:int=0,         # the same seed gives the same noise
         batch_size:int=32,  # samples x images that go through the model at once
-        progress:bool=True):# show a bar where there is more than one step
+        progress:bool=True, # show a bar where there is more than one step
+    )->tuple: # `Question`, tokens [B, N], unplaced [B]
         "Mean gradient over noisy copies of the input, times the input (Smilkov et al. 2017)"
         if not isinstance(samples, int) or samples < 1: raise ValueError(f'samples must be a whole number, 1 or more, not {samples!r}')
         if not noise >= 0: raise ValueError(f'noise must be 0 or more, as a share of the range of the input, not {noise!r}')

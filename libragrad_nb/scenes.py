@@ -19,7 +19,7 @@ import torch.nn.functional as F
 @lru_cache
 def digit_bank(
     split:str='test', # 'train' (1400 images) or 'test' (397); they share none
-):                    # glyphs [n, 8, 8] in [0, 1] and classes [n]
+)->tuple:             # glyphs [n, 8, 8] in [0, 1] and classes [n]
     "The handwritten digits of scikit-learn"
     from sklearn.datasets import load_digits
     d = load_digits()

@@ -8,7 +8,7 @@ __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid
 
 # %% ../nbs/09_tokens.ipynb #14aff253
 import copy, math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 # %% ../nbs/09_tokens.ipynb #5315d04a
@@ -353,7 +353,7 @@ def choose(
     target=None,  # None (predicted class), int, one class per image, or a function of the output
     of='logit',   # 'logit' or 'probability'
     last=None,    # [B] place of the last token, for language models
-):                # score [B], and the classes [B] or None
+)->tuple:         # score [B], and the classes [B] or None
     "The score to explain"
     if of not in ('logit', 'probability'): raise ValueError(f"unknown score {of!r}: choose 'logit' or 'probability'")
     if callable(target):
@@ -403,7 +403,7 @@ def _classes(output, target):
 def contrast(
     a, # the class: an integer, or one for each image [B]
     b, # the class that it might have been
-):     # a function of the output, to be given as `target`
+)->Callable: # of the output, to be given as `target`
     "Why `a` rather than `b`: the score of class `a` minus that of class `b`"
     if a is None or b is None: raise TypeError('contrast needs two classes, integers or one for each image')
     def target(output): return choose(output, a)[0] - choose(output, b)[0]

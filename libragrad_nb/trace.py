@@ -55,7 +55,7 @@ def placed(
     state:State,       # how a state near it keeps its tokens
     batch:int,         # images
     before=None,       # shape of the operation's input
-):                     # its tokens, and a `State` that says where they belong; or None
+)->tuple:              # its tokens, and a `State` that says where they belong; or None
     "The tokens [B, n] that the parts of a constant belong to"
     end_to_end = part.ndim == 2 and len(part) == batch*state.n  # [B*N, C]
     if end_to_end: return part.view(batch, state.n, -1).sum(-1), state
@@ -402,7 +402,7 @@ def start(model, data, instead=None):
 def as_function(
     model,  # a torch module in evaluation mode
     images, # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-):          # a function, and the tensor to call it with: images [B, C, H, W] or embedded tokens [B, N, C]
+)->tuple:   # a function, and the tensor to call it with: images [B, C, H, W] or embedded tokens [B, N, C]
     "The model as a function of what is explained"
     data = read_inputs(model, images)
     if not data.text: return lambda x: data.call(model, x), data.x

@@ -41,24 +41,28 @@ def _small_head(model):
 # %% ../nbs/08_zoo.ipynb #01d05787
 SMALL = dict(img_size=64, patch_size=8, embed_dim=128, num_classes=10)
 
-def vit_digits(**kwargs): # arguments of timm's `VisionTransformer` other than ours
+def vit_digits(
+    **kwargs, # arguments of timm's `VisionTransformer` other than ours
+)->VisionTransformer:
     "A Vision Transformer that gathers its answer in a class token"
     return _for_digits(VisionTransformer(**{**SMALL, 'depth': 6, 'num_heads': 4, **kwargs}))
 
-def vit_reg_digits(**kwargs): # as in `vit_digits`
+def vit_reg_digits(
+    **kwargs, # as in `vit_digits`
+)->VisionTransformer:
     "A Vision Transformer with four registers that averages its patches"
     return vit_digits(class_token=False, reg_tokens=4, global_pool='avg', no_embed_class=True, **kwargs)
 
-def eva_digits():
+def eva_digits()->Eva:
     "An EVA-02: rotary positions, and a gated product in every MLP (SwiGLU)"
     return _for_digits(Eva(**SMALL, depth=6, num_heads=4, mlp_ratio=4*2/3, swiglu_mlp=True,
                            use_rot_pos_emb=True, ref_feat_shape=(8, 8), qkv_bias=True))
 
-def mixer_digits():
+def mixer_digits()->MlpMixer:
     "An MLP-Mixer: no attention, an MLP across the tokens"
     return _for_digits(_small_head(MlpMixer(**SMALL, num_blocks=6)))
 
-def gmixer_digits():
+def gmixer_digits()->MlpMixer:
     "A gMixer: a Mixer whose MLPs are gated products"
     return _for_digits(_small_head(MlpMixer(**SMALL, num_blocks=6, mlp_ratio=(1., 4.), mlp_layer=GluMlp, act_layer=nn.SiLU)))
 
@@ -298,7 +302,7 @@ def load(
     name:str='vit_digits', # one of `EMBEDDED`, or a model of timm that has pretrained weights
     folder=WEIGHTS,        # of the embedded ones
     checkpoint=None,       # file with weights for a model of timm
-):
+)->nn.Module: # on the CPU
     "A model with its trained weights, in evaluation mode; never with random ones"
     if name not in EMBEDDED: return _from_timm(name, checkpoint).eval()
     model = EMBEDDED[name].build()
