@@ -3,7 +3,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from libragrad_nb import explain
 from libragrad_nb.colours import heat
-from libragrad_nb.demo import percent
 from libragrad_nb.zoo import load, scenes
 
 model, scene = load('vit_digits'), scenes(1, digits=2, seed=3)
@@ -17,7 +16,7 @@ for k, rules in enumerate((None, 'plain', 'libra')):
     else:
         a = explain(model, scene.images, target=label, rules=rules)
         heat(ax, rgb, a.map[0]); ax.contour(scene.masks[0, 0].numpy(), [.5], colors='#111111', linewidths=1.5)
-        text, color = f'{rules.title()}: {percent((a.completeness_error/a.score).abs().item())} missing', {'plain': '#f08a4b', 'libra': '#7fc1ea'}[rules]
+        text, color = f'{rules.title()}: {(a.completeness_error/a.score).abs().item():.0%} missing', {'plain': '#f08a4b', 'libra': '#7fc1ea'}[rules]
     ax.set(xticks=[], yticks=[])
     fig.text(.055 + .305*k, .055, text, color=color, fontsize=21)
 fig.savefig(Path(__file__).resolve().parents[1]/'nbs/card.png', dpi=100)
