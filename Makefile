@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup lab export docs need-quarto clean
+.PHONY: help demo test setup lab export docs need-quarto preview clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -32,13 +32,18 @@ export: .venv/.done ## after editing notebooks: write the modules, README.md and
 	$(BIN)/python tools/still.py
 	$(BIN)/python tools/readme.py
 
-docs: need-quarto .venv/.done ## render the documentation to _docs/ (needs Quarto)
-	$(BIN)/python tools/readme.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+docs: .venv/.done need-quarto ## render the documentation to _docs/ (needs Quarto)
+	$(BIN)/python -W ignore tools/site.py --quarto
+	cd _proc && PATH="$(CURDIR)/$(BIN):$$PATH" quarto render --no-execute
+	rm -rf _docs && mv _proc/_docs _docs
+	@echo "open _docs/index.html"
 
 need-quarto:
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: get it at https://quarto.org/docs/get-started/"; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" command -v quarto >/dev/null || { echo "make docs needs Quarto. Either: $(BIN)/pip install quarto-cli, or see https://quarto.org/docs/get-started/ (make preview shows the pages without it)"; exit 1; }
+
+preview: .venv/.done ## the pages of the documentation without Quarto, plainer, to _preview/
+	$(BIN)/python -W ignore tools/site.py --preview _preview
 
 clean: ## remove what the other commands made, except .venv
-	rm -rf demo artifacts _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .hypothesis
+	rm -rf demo artifacts _docs _proc _preview build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .hypothesis
 	find . \( -path ./.venv -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -24,7 +24,7 @@ def as_quantus(
     rules=None,             # as for `explain`
     smooth:bool=True,       # enlarge by bicubic interpolation; else every pixel gets its part of its patch, and sums stay
     **options,              # of the method
-):                          # a function (model, inputs, targets) -> numpy [B, 1, H, W]
+)->callable:                # (model, inputs, targets) -> numpy [B, 1, H, W]
     "A method of this library as an `explain_func` of Quantus"
     def explain_func(model, inputs, targets, device=None, **more): # `more` is what `explain_func_kwargs` holds; the device is the model's
         p = next(model.parameters())

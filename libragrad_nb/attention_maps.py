@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIGNS', 'raw_attention', 'attention_gradient', 'attention_x_gradient', 'mean_attention_x_gradient', 'grad_sam',
            'attn_cam', 'attention_rollout', 'gen_att', 'HEADS', 'weights', 'gradient', 'weights_x_gradient',
-           'mean_weights_x_gradient', 'which_row', 'mix', 'Read', 'reads', 'weights_x_mean_gradient', 'Rolled', 'rolls',
-           'att_cat', 'change', 'ResidualSums', 'token_length', 'token_tm', 'legrad', 'without_empty']
+           'mean_weights_x_gradient', 'which_row', 'Read', 'weights_x_mean_gradient', 'Rolled', 'att_cat',
+           'ResidualSums', 'token_tm', 'legrad', 'without_empty']
 
 # %% ../nbs/12_attention_maps.ipynb #772a0686
 import threading
@@ -28,17 +28,28 @@ from .tokens import choose, layout, on_grid, read_inputs
 from .trace import Attended, NoAttention, Question, carried, instead, not_recomputed, overwrites
 
 # %% ../nbs/12_attention_maps.ipynb #20b60de0
-def weights(here:Attended): return here.weights
-def gradient(here:Attended): return here.gradient
-def weights_x_gradient(here:Attended): return here.weights*here.gradient
-def mean_weights_x_gradient(here:Attended): return here.weights.mean(1, keepdim=True)*here.gradient
+def weights(here:Attended): # the attention of one block
+    "What is looked at [B, H, n, n]"
+    return here.weights
+
+def gradient(here:Attended): # the attention of one block
+    "What the score would gain from looking more [B, H, n, n]"
+    return here.gradient
+
+def weights_x_gradient(here:Attended): # the attention of one block
+    "The product of both, head by head [B, H, n, n]"
+    return here.weights*here.gradient
+
+def mean_weights_x_gradient(here:Attended): # the attention of one block
+    "The gradient of each head times the mean weights of all [B, H, n, n]"
+    return here.weights.mean(1, keepdim=True)*here.gradient
 
 # %% ../nbs/12_attention_maps.ipynb #0ce48b9e
 SIGNS = dict(signed=lambda m: m, positive=torch.relu, absolute=torch.abs)
 
 def which_row(
     row,          # None: what the score reads; 'class' (token 0), 'mean' (of the patches), 'all' (of all tokens), or the number of a token
-    here:Attended,
+    here:Attended,# the attention of one block
 )->torch.Tensor:  # [B, n], adds up to 1
     "The tokens whose view is asked for"
     n, p = here.row.shape[-1], here.prefix
@@ -51,7 +62,7 @@ def which_row(
     return w/w.sum(-1, keepdim=True)
 
 # %% ../nbs/12_attention_maps.ipynb #8c9792e0
-def mix(row, matrix):
+def _mix(row, matrix):
     "Row [B, n] times matrix [B, n, n]"
     return (row[:, None] @ matrix)[:, 0]
 
@@ -65,40 +76,46 @@ class Read:
     def __post_init__(self):
         if self.sign not in SIGNS: raise ValueError(f'unknown sign {self.sign!r}: choose one of {", ".join(SIGNS)}')
     def matrix(self, here): return SIGNS[self.sign](self.of(here)).mean(1)
-    def read(self, here, above): return mix(which_row(self.row, here), self.matrix(here))
+    def read(self, here, above): return _mix(which_row(self.row, here), self.matrix(here))
 
 # %% ../nbs/12_attention_maps.ipynb #f93e55ca
-def reads(
+def _reads(
     name, of, paper, formula,
     sign='signed', block=-1, # defaults of its options
     doc='',
 ):
     "Register a method that reads one matrix, in one block or summed over several"
-    def read(t, block=block, sign=sign, row=None): return t.term(Read(of, sign, row))[block], nothing(t)
+    def read(
+        t,           # a `Trace` with this reader noted
+        block=block, # which; 'plus': the sum over all, 'skip_plus': over the deeper half
+        sign=sign,   # 'signed', 'positive' or 'absolute', before the mean over heads
+        row=None,    # see `which_row`
+    ):               # tokens [B, N], and nothing unplaced
+        return t.term(Read(of, sign, row))[block], nothing(t)
     read.__doc__, read.__name__ = doc, name
     method(name, paper, formula, terms=lambda sign, row: [Read(of, sign, row)], attention=True, unit='')(read)
     return read
 
 # %% ../nbs/12_attention_maps.ipynb #8ed6b7ac
-raw_attention = reads('raw_attention', weights, 'Bahdanau et al. 2015', r'\bar A_i',
-                      doc='What is looked at, in one block: mean over heads, for any question the same')
-attention_gradient = reads('attention_gradient', gradient, 'Mehri et al. 2025', r'\sum_i \mathrm{mean}_h |\nabla A_i|', 'absolute', 'plus',
-                           doc='The gradient of the attention weights, mean over heads')
-attention_x_gradient = reads('attention_x_gradient', weights_x_gradient, 'Mehri et al. 2025',
-                             r'\sum_i \mathrm{mean}_h A_i \nabla A_i', 'signed', 'plus', doc='Attention weights times gradient')
-mean_attention_x_gradient = reads('mean_attention_x_gradient', mean_weights_x_gradient, 'Mehri et al. 2025',
-                                  r'\sum_i \bar A_i\, \mathrm{mean}_h \nabla A_i', 'signed', 'plus', doc='The same with the mean of the weights')
+raw_attention = _reads('raw_attention', weights, 'Bahdanau et al. 2015', r'\bar A_i',
+                       doc='What is looked at, in one block: mean over heads, for any question the same')
+attention_gradient = _reads('attention_gradient', gradient, 'Mehri et al. 2025', r'\sum_i \mathrm{mean}_h |\nabla A_i|', 'absolute', 'plus',
+                            doc='The gradient of the attention weights, mean over heads')
+attention_x_gradient = _reads('attention_x_gradient', weights_x_gradient, 'Mehri et al. 2025',
+                              r'\sum_i \mathrm{mean}_h A_i \nabla A_i', 'signed', 'plus', doc='Attention weights times gradient')
+mean_attention_x_gradient = _reads('mean_attention_x_gradient', mean_weights_x_gradient, 'Mehri et al. 2025',
+                                   r'\sum_i \bar A_i\, \mathrm{mean}_h \nabla A_i', 'signed', 'plus', doc='Mean attention weights times gradient')
 
 # %% ../nbs/12_attention_maps.ipynb #3cb20eea
-grad_sam = reads('grad_sam', weights_x_gradient, 'Barkan et al. 2021', r'\sum_i \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i)', 'positive', 'plus',
-                 doc='GradSAM: attention times gradient, positive part, over all blocks (Barkan et al. 2021)')
+grad_sam = _reads('grad_sam', weights_x_gradient, 'Barkan et al. 2021', r'\sum_i \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i)', 'positive', 'plus',
+                  doc='GradSAM: attention times gradient, positive part, over all blocks (Barkan et al. 2021)')
 
-def weights_x_mean_gradient(here:Attended):
-    "Weights times the mean gradient of their row, prefix tokens left out"
+def weights_x_mean_gradient(here:Attended): # the attention of one block
+    "Weights times the mean gradient of their row, prefix tokens left out [B, H, n, n]"
     return here.weights*here.gradient[..., here.prefix:].mean(-1, keepdim=True)
 
-attn_cam = reads('attn_cam', weights_x_mean_gradient, 'Chefer et al. 2021', r'\mathrm{mean}_h \big(A_i\, \mathrm{mean}_s \nabla A_i[\cdot, s]\big)',
-                 doc='AttnCAM: Grad-CAM on the attention heads of one block (Chefer et al. 2021, arXiv 2012.09838)')
+attn_cam = _reads('attn_cam', weights_x_mean_gradient, 'Chefer et al. 2021', r'\mathrm{mean}_h \big(A_i\, \mathrm{mean}_s \nabla A_i[\cdot, s]\big)',
+                  doc='AttnCAM: Grad-CAM on the attention heads of one block (Chefer et al. 2021, arXiv 2012.09838)')
 
 # %% ../nbs/12_attention_maps.ipynb #7599a175
 @dataclass(frozen=True)
@@ -111,32 +128,38 @@ class Rolled(Read):
         if not 0 <= self.keep <= 1: raise ValueError(f'keep is a share between 0 and 1, not {self.keep}')
     def read(self, here, above):
         r = which_row(self.row, here) if above is None else above
-        return self.keep*r + (1 - self.keep)*mix(r, self.matrix(here))
+        return self.keep*r + (1 - self.keep)*_mix(r, self.matrix(here))
 
 # %% ../nbs/12_attention_maps.ipynb #178be212
-def rolls(name, of, sign, paper, formula, doc=''):
+def _rolls(name, of, sign, paper, formula, doc=''):
     "Register a method that rolls one matrix out"
-    def rolled(t, block=0, keep=.5, row=None): return t.term(Rolled(of, sign, row, keep))[block], nothing(t)
+    def rolled(
+        t,        # a `Trace` with this reader noted
+        block=0,  # down to the input of which
+        keep=.5,  # share of the residual stream, 0 to 1
+        row=None, # where it starts, see `which_row`
+    )->tuple:     # tokens [B, N], and nothing unplaced
+        return t.term(Rolled(of, sign, row, keep))[block], nothing(t)
     rolled.__doc__, rolled.__name__ = doc, name
     method(name, paper, formula, terms=lambda keep, row: [Rolled(of, sign, row, keep)], attention=True, unit='')(rolled)
     return rolled
 
-attention_rollout = rolls('attention_rollout', weights, 'signed', 'Abnar & Zuidema 2020', r'\prod_i (\tfrac12 \bar A_i + \tfrac12 I)',
-                          doc='Attention rollout, down to the input of a block (Abnar & Zuidema 2020, arXiv 2005.00928)')
-gen_att = rolls('gen_att', weights_x_gradient, 'positive', 'Chefer et al. 2021b',
-                r'\prod_i (\tfrac12 \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i) + \tfrac12 I)',
-                doc='GenAtt: attention times gradient, positive part, rolled out (Chefer et al. 2021b, arXiv 2103.15679)')
+attention_rollout = _rolls('attention_rollout', weights, 'signed', 'Abnar & Zuidema 2020', r'\prod_i (\tfrac12 \bar A_i + \tfrac12 I)',
+                           doc='Attention rollout, down to the input of a block (Abnar & Zuidema 2020, arXiv 2005.00928)')
+gen_att = _rolls('gen_att', weights_x_gradient, 'positive', 'Chefer et al. 2021b',
+                 r'\prod_i (\tfrac12 \mathrm{mean}_h \mathrm{ReLU}(A_i \nabla A_i) + \tfrac12 I)',
+                 doc='GenAtt: attention times gradient, positive part, rolled out (Chefer et al. 2021b, arXiv 2103.15679)')
 aliases['rollout'] = 'attention_rollout'
 
 # %% ../nbs/12_attention_maps.ipynb #149e7baf
 @method('att_cat', 'Qiang et al. 2022', r'\sum_{i<L-1} \mathrm{mean}_{h,t} A_i[t, \cdot]\; a_{i+1}',
         terms=[Read(weights, row='all')], attention=True, unit='')
-def att_cat(t):
+def att_cat(t): # a `Trace` with this reader noted
     "AttCAT: attention received times Input x Gradient one block on; the last block has none (Qiang et al. 2022)"
     return (t.term(Read(weights, row='all'))[:-1]*t.input_x_gradient[1:]).sum(0), nothing(t)
 
 # %% ../nbs/12_attention_maps.ipynb #05627488
-def change(E, F):
+def _change(E, F):
     "How much longer each token is after a residual sum, and how much it kept its direction: [B, n]"
     kept = torch.cosine_similarity(E, F, dim=-1).softmax(-1)
     return F.norm(dim=-1)/(E.norm(dim=-1) + 1e-8)*kept
@@ -157,7 +180,7 @@ class ResidualSums:
         mine, kept = self.changes[-1], before.detach().clone() if overwrites(op, args, kwargs) else before.detach()
         def note(out):
             self.stream = [out]
-            mine.append(change(kept, out.detach()))
+            mine.append(_change(kept, out.detach()))
         return note
 
 # %% ../nbs/12_attention_maps.ipynb #57d3c40c
@@ -173,16 +196,20 @@ class _TokenTM:
                                                f'and block {here.block} has {len(changes)}')
         r = which_row(self.row, here) if above is None else above
         r = r + r*changes[1]
-        return r + mix(r, here.weights.mean(1)*changes[0][:, None]*here.gradient.relu().mean(1))
+        return r + _mix(r, here.weights.mean(1)*changes[0][:, None]*here.gradient.relu().mean(1))
 
 # %% ../nbs/12_attention_maps.ipynb #70447f46
-def token_length(h, g): return h.norm(dim=-1)
+def _token_length(h, g): return h.norm(dim=-1)
 
 @method('token_tm', 'Wu et al. 2024', r'r\, U_{L-1} \cdots U_0\, \lVert h_0 \rVert',
-        terms=lambda row: [_TokenTM(row), token_length], attention=True, unit='')
-def token_tm(t, block=0, row=None):
+        terms=lambda row: [_TokenTM(row), _token_length], attention=True, unit='')
+def token_tm(
+    t,        # a `Trace` with these readers noted
+    block=0,  # down to the input of which
+    row=None, # where it starts, see `which_row`
+)->tuple:     # tokens [B, N], and nothing unplaced
     "TokenTM: rollout with the token transformations measured, down to the input of a block (Wu et al. 2024, arXiv 2403.14552)"
-    return t.term(_TokenTM(row))[block]*t.term(token_length)[block], nothing(t)
+    return t.term(_TokenTM(row))[block]*t.term(_token_length)[block], nothing(t)
 
 # %% ../nbs/12_attention_maps.ipynb #b0d0dc2f
 class _SideBySide:
@@ -243,11 +270,14 @@ def _scores(s, output, target, of, last, B, c):
 @method('legrad', 'Bousselham et al. 2024', r'\sum_i \mathrm{mean}_{h,t}\, \mathrm{ReLU}(\nabla_{A_i} f_i)[t, \cdot]',
         attention=True, unit='', runs=True)
 def legrad(
-    model, images, target=None, rules='libra', of='logit',
-    head:str=None, # what it is shown of a block: the 'mean' of all tokens, as published, or the tokens, as the 'model' reads them;
-                   # None: 'mean', unless it pools by attention
+    model,         # a torch module in evaluation mode
+    images,        # [B, C, H, W] as the model takes them
+    target=None,   # see `choose`
+    rules='libra', # name of a rule set, or a set of rules
+    of='logit',    # or 'probability'
+    head:str=None, # it is shown the 'mean' token of a block, as published, or all as the 'model' reads them; None: 'mean', unless it pools by attention
     last:int=None, # only so many of the last blocks; None: all
-):
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "LeGrad: every block's gradient of a score of its own (Bousselham et al. 2024, arXiv 2404.03214)"
     if head is not None and head not in HEADS: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
     data = read_inputs(model, images)
@@ -278,7 +308,7 @@ def without_empty(
     map,         # [B, rows, cols] or [B, N]
     empty,       # the same for an empty prompt
     above=.8,    # share of the range of `empty`
-):
+)->torch.Tensor: # shaped like `map`
     "`map`, with zero where the map of an empty prompt is high (LeGrad's SigLIP variant)"
     flat = empty.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)

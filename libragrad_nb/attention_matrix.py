@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/09a_attention_matrix.ipynb #7ab5aee9
-def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None):
-    "The matrix [B, H, N, M] that `F.scaled_dot_product_attention` does not return"
+def attention_weights(
+    query:torch.Tensor, # [B, H, N, D]
+    key:torch.Tensor,   # [B, H, M, D], or fewer heads that divide H
+    attn_mask=None,     # [N, M] or broadcastable: True where a token may look, or numbers added to the logits
+    is_causal=False,    # no token looks at later ones
+    scale=None,         # of the logits, 1/sqrt(D) where not given
+)->torch.Tensor:        # [B, H, N, M], rows sum to 1; in float32 or better
+    "The matrix that `F.scaled_dot_product_attention` does not return"
     n, m, heads = query.shape[-2], key.shape[-2], query.shape[-3] if query.ndim > 2 else 1
     if key.ndim > 2 and key.shape[-3] != heads: key = key.repeat_interleave(heads//key.shape[-3], -3)  # grouped queries
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -16,7 +16,10 @@ from .zoo import Prompted, WORDS, load, read_prompts
 # %% ../nbs/32_clip.ipynb #054369ef
 class OpenTowers(nn.Module):
     "Two towers of open_clip, used like `TwoTowers`"
-    def __init__(self, model, tokenizer):
+    def __init__(self,
+        model,     # of open_clip
+        tokenizer, # that goes with it
+    ):
         super().__init__()
         self.model, self.visual, self.tokenizer, self.scale = model, model.visual, tokenizer, model.logit_scale
         bias, how, size = getattr(model, 'logit_bias', None), model.visual.preprocess_cfg, model.visual.image_size
@@ -34,7 +37,7 @@ class OpenTowers(nn.Module):
 # %% ../nbs/32_clip.ipynb #1ba69082
 def load_towers(
     name:str='clip_digits', # or 'architecture/weights' of open_clip
-):                          # towers in evaluation mode
+)->nn.Module:               # towers in evaluation mode
     "A trained model with two towers"
     if '/' not in name: return load(name)
     try: import open_clip
@@ -45,9 +48,9 @@ def load_towers(
 
 # %% ../nbs/32_clip.ipynb #25568e26
 def ready(
-    towers,
+    towers,           # from `load_towers`
     rgb:torch.Tensor, # [B, 3, H, W] in [0, 1]
-)->torch.Tensor:
+)->torch.Tensor:      # [B, 3, *size of the tower]
     "Images in the size, with the mean and the spread that the image tower was trained on"
     cfg, scale = towers.visual.pretrained_cfg, towers.scale
     x = rgb if rgb.shape[-2:] == cfg['input_size'][1:] else F.interpolate(rgb, cfg['input_size'][1:], mode='bicubic', antialias=True).clamp(0, 1)
@@ -55,13 +58,19 @@ def ready(
     return ((x - mean)/std).to(scale.device, scale.dtype)
 
 # %% ../nbs/32_clip.ipynb #fd1b9acc
-def read(towers, prompts:list)->torch.Tensor:
-    "Token ids [P, N] of prompts, on the device of the towers"
+def read(
+    towers,       # from `load_towers`
+    prompts:list, # P strings
+)->torch.Tensor:  # [P, N]
+    "Token ids of prompts, on the device of the towers"
     ids = towers.tokenizer(prompts) if hasattr(towers, 'tokenizer') else read_prompts(prompts)
     return ids.to(towers.scale.device)
 
-def spelled(towers, ids:torch.Tensor)->list:
-    "The words of prompts, a list for each"
+def spelled(
+    towers,           # from `load_towers`
+    ids:torch.Tensor, # [P, N]
+)->list:              # P lists of strings
+    "The words of prompts"
     if not hasattr(towers, 'tokenizer'): return [[WORDS[i] for i in row] for row in ids.tolist()]
     inner = getattr(towers.tokenizer, 'tokenizer', towers.tokenizer)  # open_clip wraps those of Hugging Face
     return [[inner.decode([i]).strip() for i in row] for row in ids.tolist()]
@@ -69,7 +78,10 @@ def spelled(towers, ids:torch.Tensor)->list:
 # %% ../nbs/32_clip.ipynb #08e3e3ab
 class Pictured(nn.Module):
     "The text tower of two towers in front of a fixed image for each prompt: token ids [P, N] to logits [P, 1]"
-    def __init__(self, towers, images): # [P, 3, H, W]
+    def __init__(self,
+        towers, # from `load_towers`
+        images, # [P, 3, H, W], one for each prompt
+    ):
         super().__init__()
         self.parts = nn.ModuleList(m for name, m in getattr(towers, 'model', towers).named_children() if name != 'visual')
         self.encode_text, self.words = towers.encode_text, None if hasattr(towers, 'tokenizer') else partial(spelled, towers)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/00_core.ipynb #a1a0fe89
-def const(x:torch.Tensor)->torch.Tensor:
+def const(x:torch.Tensor)->torch.Tensor: # shares its memory
     "`x` held constant: the same values, no gradient"
     return x.detach()
 
@@ -64,7 +64,7 @@ def rule(
         return handler
     return register
 
-def rule_set(rules):
+def rule_set(rules): # a name in `rule_sets`, or a dictionary {operation: handler}
     "The rules of that name, or `rules` itself where it is a dictionary"
     if not isinstance(rules, str): return rules
     if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
@@ -125,7 +125,7 @@ def libra(
         with mode: yield mode
 
 # %% ../nbs/00_core.ipynb #b17a57b6
-def additive(*ops):
+def additive(*ops): # torch functions
     "Register `constant(op, *args, **kwargs)`: what these operations add, broadcastable to their output, or None"
     def register(constant):
         CONSTANTS.update({op: constant for op in ops})
@@ -174,8 +174,8 @@ def completeness_error(
 # %% ../nbs/00_core.ipynb #ff01a1c0
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
-def test_complete(f, x, v=None, rules='libra'):
-    "Assert that `f` is FG-complete at `x` under `rules`, up to the rounding of its dtype; returns the error"
+def test_complete(f, x, v=None, rules='libra'): # name of a rule set, or a dictionary of rules
+    "Assert that `f`, its outputs weighted by `v`, is FG-complete at `x` under `rules`, up to the rounding of its dtype; returns the error"
     e = completeness_error(f, x, v, rules)
     assert abs(e) <= tolerance[x.dtype], f'not FG-complete: the account is off by {e:+.2%} of the output'
     return e

@@ -34,13 +34,21 @@ class Attribution:
     completeness_error:torch.Tensor # [B] score minus all of the above: what has no owner
     additive:torch.Tensor           # [B] what all additive constants after the embedding contribute; NaN where the method did not ask
     rgb:torch.Tensor                # [B, H, W, 3] the images, in [0, 1]; or token ids [B, N]
-    method:str
-    rules:str
+    method:str                      # its name in `methods`
+    rules:str                       # the name of the rule set
 
     @property
-    def additive_share(self): return self.additive/self.score
+    def additive_share(self):
+        "What the constants contribute, as a share of the score [B]"
+        return self.additive/self.score
     @property
-    def unplaced_share(self): return self.unplaced/self.score
+    def unplaced_share(self):
+        "The constants without a place, as a share of the score [B]"
+        return self.unplaced/self.score
+    @property
+    def text(self):
+        "Whether these explain texts"
+        return self.rgb.ndim == 2
 
     def __len__(self): return len(self.score)
     def __repr__(self):
@@ -48,11 +56,17 @@ class Attribution:
         account = 'not in units of the score' if lost.isnan() else f'at most {lost:.1e} of a score unexplained'
         return f'Attribution({self.method}, {self.rules}: {len(self)} maps of {self.map.shape[1]}x{self.map.shape[2]}, {account})'
 
-    @property
-    def text(self): return self.rgb.ndim == 2
-
-    def show(self, width:float=7, labels=None): return _show_text(self, width, labels) if self.text else _show(self, width)
-    def save(self, path): return _save(self, path)
+    def show(self,
+        width:float=7, # in inches
+        labels=None,   # of texts: B lists of N strings; None: token ids
+    )->object:         # matplotlib figure
+        "Every image beside its map; every text on the colours of its tokens"
+        return _show_text(self, width, labels) if self.text else _show(self, width)
+    def save(self,
+        path, # ends in .png, .svg, .pdf, or in .npz for the numbers
+    )->str:   # the path
+        "Write the picture or the numbers to a file, whole or not at all"
+        return _save(self, path)
     def _repr_html_(self): return _html(self)
 
 # %% ../nbs/16_explain.ipynb #1b688da9
@@ -65,7 +79,7 @@ def _show(a, width):
     fig, axes = plt.subplots(rows, 2*pairs, figsize=(width, width*.46*rows/pairs + .1), squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for i, (left, right) in zip(range(len(a)), axes.reshape(-1, 2)):
-        left.imshow(a.rgb[i]); left.set_title('' if a.target is None else f'target {a.target[i]}', fontsize=9)
+        left.imshow(a.rgb[i].numpy()); left.set_title('' if a.target is None else f'target {a.target[i]}', fontsize=9)
         drawn = heat(right, a.rgb[i], a.map[i], f'score {a.score[i]:.2f}')
         top = drawn.norm.vmax
         bar = fig.colorbar(ScalarMappable(drawn.norm, drawn.cmap), ax=right, fraction=.05, pad=.03, ticks=[-top, 0, top], format='%+.2g')
@@ -135,15 +149,21 @@ def _attribution(model, q:Question, method, m, tokens, unplaced, additive=None):
     return Attribution(grid, prefix, unplaced, q.score, q.target, error, unknown if additive is None else additive,
                        _rgb(model, q.images), method, q.rules)
 
-def attribute(model, t:Trace, method:str, **options)->Attribution:
-    "The map of one method from a trace"
-    m, at = find_method(method)
-    placed, rest = t.constants_from(None if m.pixels else 0)
-    return _attribution(model, t, method, m, *m(t, **{**at, **options}), placed.sum(-1) + rest)
-
 def _by_running(model, images, target, rules, of, method, m, options):
     q, *found = m(model, images, target, m.rules if rules is None else rules, of, **options)
     return _attribution(model, q, method, m, *found)
+
+# %% ../nbs/16_explain.ipynb #c9eadb08
+def attribute(
+    model,      # the one that was traced
+    t:Trace,    # which noted what the method reads
+    method:str, # a name in `methods`
+    **options,  # of the method
+)->Attribution:
+    "The map of one method from a trace: draw many from one pass"
+    m, at = find_method(method)
+    placed, rest = t.constants_from(None if m.pixels else 0)
+    return _attribution(model, t, method, m, *m(t, **{**at, **options}), placed.sum(-1) + rest)
 
 # %% ../nbs/16_explain.ipynb #7048eccc
 def explain(
@@ -154,7 +174,7 @@ def explain(
     rules=None,           # 'libra', 'plain', another name in `rule_sets`, or a set of rules; None: 'libra', unless the method needs other ones
     of:str='logit',       # explain the 'logit' or the 'probability' of the class
     **options,            # of the methods, see `methods[name].options`
-):                        # an `Attribution`; a dictionary of them where `method` is a list, a list of either where `target` is a list
+)->Attribution:           # or a dictionary of them where `method` is a list; a list of either where `target` is a list
     "Which patches made the score: a signed map, in units of the score where the method has any (LibraGrad, arXiv 2411.16760)"
     names = method if isinstance(method, (list, tuple)) else [method]
     if not names: raise ValueError('an empty list of methods: name some, or pass None')

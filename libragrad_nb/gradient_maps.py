@@ -25,7 +25,7 @@ methods = {}
 @dataclass(frozen=True, eq=False)
 class Method:
     "A way to make a map from a trace, or (where it `runs` the model) from a model and images"
-    name:str
+    name:str              # its key in `methods`
     f:object              # `f(trace, **options) -> (tokens [B, N], unplaced [B])`, or with `runs`, see `method`
     paper:str=''          # who proposed it
     formula:str=''        # in LaTeX
@@ -57,8 +57,11 @@ class Method:
 _COMMON = ('target', 'rules', 'of')
 
 # %% ../nbs/11_gradient_maps.ipynb #d36704a7
-def which_blocks(block, L:int)->list:
-    "Numbers of the blocks that are meant: one of `L`, all ('plus') or the deeper half ('skip_plus')"
+def which_blocks(
+    block, # a number, negative from the end; 'plus': all blocks; 'skip_plus': the deeper half
+    L:int, # how many there are
+)->list:
+    "Numbers of the blocks that are meant"
     if block == 'plus': return list(range(L))
     if block == 'skip_plus': return list(range(L//2, L))
     if not isinstance(block, int) or isinstance(block, bool): raise ValueError(
@@ -79,10 +82,16 @@ def _from_trace(m, trace, options):
 
 # %% ../nbs/11_gradient_maps.ipynb #58c90041
 def method(
-    name:str,
-    paper='', formula='', # who proposed it, and its formula in LaTeX
-    terms=(), pixels=False, attention=False, unit='score', runs=False, rules='libra', # see `Method`
-    **preset,             # options that are not the defaults of the function
+    name:str,        # its key in `methods`
+    paper='',        # who proposed it
+    formula='',      # in LaTeX
+    terms=(),        # what a trace must note for it, or a function of its options that says so
+    pixels=False,    # it maps pixels [B, H, W], not tokens [B, N]
+    attention=False, # it needs attention matrices
+    unit='score',    # of the map; '' where its size means nothing
+    runs=False,      # it runs the model itself
+    rules='libra',   # where the caller names none
+    **preset,        # options that are not the defaults of the function
 ):
     "Register `f(trace, **options) -> (tokens, unplaced)`; with `runs`: `f(model, images, target, rules, of, **options) -> (Question, tokens, unplaced)`"
     def register(f):
@@ -99,7 +108,7 @@ def _plain_name(name):
 
 def find_method(
     key:str, # a name, also as papers write it, and after an @ the block: 'fullgrad', 'FullGrad@3', 'grad_cam@plus', 'HiResCAM'
-):           # a `Method`, and options
+)->tuple:    # a `Method`, and options
     "Look up a method"
     if not isinstance(key, str): raise TypeError(f'a method is a name, not {key!r}')
     name, _, block = key.partition('@')
@@ -116,21 +125,29 @@ def find_method(
 
 # %% ../nbs/11_gradient_maps.ipynb #a0f0ecf6
 @method('input_x_gradient', 'Shrikumar et al. 2016', r'\sum_c h_i\, G_i')
-def input_x_gradient(t:Trace, block:int=0):
+def input_x_gradient(
+    t:Trace,     # what one forward and one backward pass told
+    block:int=0, # at whose input
+)->tuple:        # tokens [B, N], and the constants from there on [B]
     "Input times gradient at the input of a block; at block 0 the patch embeddings (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block], placed.sum(-1) + unplaced
 
 # %% ../nbs/11_gradient_maps.ipynb #682c7de8
 @method('pixel_x_gradient', 'Shrikumar et al. 2016', r'\sum_c x\, \nabla_x f', pixels=True)
-def pixel_x_gradient(t:Trace):
+def pixel_x_gradient(
+    t:Trace, # what one forward and one backward pass told
+)->tuple:    # pixels [B, H, W], and all constants [B]
     "Input times gradient at the pixels, summed over the colours; any model has it (Shrikumar et al. 2016)"
     placed, unplaced = t.constants_from(None)
     return t.pixels, placed.sum(-1) + unplaced
 
 # %% ../nbs/11_gradient_maps.ipynb #3b5324d2
 @method('fullgrad', 'Srinivas & Fleuret 2019', r'\sum_c h_i\, G_i + \sum_{j \ge i} \beta_j')
-def fullgrad(t:Trace, block:int=0):
+def fullgrad(
+    t:Trace,     # what one forward and one backward pass told
+    block:int=0, # at whose input
+)->tuple:        # tokens [B, N], and the constants without a place [B]
     "Input times gradient at the input of a block plus all constants from there on (Srinivas & Fleuret 2019)"
     placed, unplaced = t.constants_from(block)
     return t.input_x_gradient[block] + placed, unplaced
@@ -142,10 +159,10 @@ def fullgrad(t:Trace, block:int=0):
 @method('fullgrad_plus_once', 'Mehri et al. 2025', r'\sum_i a_i + \sum_j \beta_j', constants='once')
 @method('fullgrad_plus', 'Mehri et al. 2025', r'\tfrac{1}{L} \sum_i \mathrm{FG}_i')
 def fullgrad_plus(
-    t:Trace,
+    t:Trace,                   # what one forward and one backward pass told
     skip:bool=False,           # SkipPLUS: start at block L//2 (Mehri et al. 2024)
     constants:str='per_block', # 'per_block': the mean of FullGrad over blocks; 'once': the sum of Input x Gradient, and each constant once
-):
+)->tuple:                      # tokens [B, N], and the constants without a place [B]
     "FullGrad+: FullGrad at every block, put together"
     start = len(t.input_x_gradient)//2 if skip else 0
     if constants == 'once':
@@ -156,58 +173,90 @@ def fullgrad_plus(
     return torch.stack(tokens).mean(0), torch.stack(unplaced).mean(0)
 
 # %% ../nbs/11_gradient_maps.ipynb #2b493835
-def nothing(t:Trace): return torch.zeros_like(t.score)  # unplaced
+def nothing(t:Trace): # or a `Question`
+    "What a method returns that leaves nothing unplaced: zeros [B]"
+    return torch.zeros_like(t.score)
 
-def grad_cam_term(h, g):
+def grad_cam_term(
+    h, # tokens [B, n, C] at the input of a block
+    g, # their gradient, of the same shape
+)->torch.Tensor: # [B, n]
     "Channels weighted by their mean gradient"
     return (g.mean(1, keepdim=True)*h).sum(-1)
 
 @method('grad_cam', 'Selvaraju et al. 2017', r'\sum_c \mathrm{mean}_t(G_i)\, h_i', [grad_cam_term])
-def grad_cam(t:Trace, block:int=-1):
+def grad_cam(
+    t:Trace,      # with `grad_cam_term` noted
+    block:int=-1, # at whose input
+)->tuple:         # tokens [B, N], and nothing unplaced
     "Grad-CAM at the input of a block, signed; 'grad_cam@plus' (Grad-CAM+) is its sum over blocks (Selvaraju et al. 2017, arXiv 1610.02391)"
     return t.term(grad_cam_term)[block], nothing(t)
 
 aliases['gradcamplus'] = 'grad_cam@plus'
 
 # %% ../nbs/11_gradient_maps.ipynb #c33cef84
-def xgrad_cam_term(h, g):
+def xgrad_cam_term(
+    h, # tokens [B, n, C] at the input of a block
+    g, # their gradient, of the same shape
+)->torch.Tensor: # [B, n]
     "Channels weighted by their gradient where they are active"
     active = h.sum(1, keepdim=True)
     return (torch.where(active == 0, 0., (g*h).sum(1, keepdim=True)/active)*h).sum(-1)
 
-def xgrad_cam_plus_term(h, g):
-    "The same with the size of the activation as weight"
+def xgrad_cam_plus_term(
+    h, # tokens [B, n, C] at the input of a block
+    g, # their gradient, of the same shape
+)->torch.Tensor: # [B, n]
+    "Channels weighted by their gradient, tokens by the size of the activation"
     return ((g*h.abs()).sum(1, keepdim=True)/(h.abs().sum(1, keepdim=True) + 1e-7)*h).sum(-1)
 
 @method('xgrad_cam', 'Fu et al. 2020', r'\sum_c \frac{\sum_t G_i h_i}{\sum_t h_i}\, h_i', [xgrad_cam_term])
-def xgrad_cam(t:Trace, block:int=-1):
+def xgrad_cam(
+    t:Trace,      # with `xgrad_cam_term` noted
+    block:int=-1, # at whose input
+)->tuple:         # tokens [B, N], and nothing unplaced
     "XGrad-CAM at the input of a block (Fu et al. 2020, arXiv 2008.02312)"
     return t.term(xgrad_cam_term)[block], nothing(t)
 
 @method('xgrad_cam_plus', 'Mehri et al. 2025', r'\sum_c \frac{\sum_t G_i |h_i|}{\sum_t |h_i|}\, h_i', [xgrad_cam_plus_term])
-def xgrad_cam_plus(t:Trace, block:int=-1):
+def xgrad_cam_plus(
+    t:Trace,      # with `xgrad_cam_plus_term` noted
+    block:int=-1, # at whose input
+)->tuple:         # tokens [B, N], and nothing unplaced
     "XGrad-CAM+: the weights of tokens are the size of the activation (Mehri et al. 2025, arXiv 2411.16760)"
     return t.term(xgrad_cam_plus_term)[block], nothing(t)
 
 # %% ../nbs/11_gradient_maps.ipynb #172d6a46
-def grad_cam_plus_plus_term(h, g):
+def grad_cam_plus_plus_term(
+    h, # tokens [B, n, C] at the input of a block
+    g, # their gradient, of the same shape
+)->torch.Tensor: # [B, n]
     "Channels weighted by their gradients, and these by a ratio of their powers"
     alpha = g**2/(2*g**2 + h.sum(1, keepdim=True)*g**3 + 1e-7)
     return ((alpha*g.relu()).sum(1, keepdim=True)*h).sum(-1)
 
 @method('grad_cam_plus_plus', 'Chattopadhay et al. 2018',
         r'\sum_c \Big(\sum_t \frac{G_i^2\, \mathrm{ReLU}(G_i)}{2G_i^2 + G_i^3 \sum_t h_i}\Big) h_i', [grad_cam_plus_plus_term], unit='')
-def grad_cam_plus_plus(t:Trace, block:int=-1):
+def grad_cam_plus_plus(
+    t:Trace,      # with `grad_cam_plus_plus_term` noted
+    block:int=-1, # at whose input
+)->tuple:         # tokens [B, N], and nothing unplaced
     "Grad-CAM++ at the input of a block (Chattopadhay et al. 2018, arXiv 1710.11063)"
     return t.term(grad_cam_plus_plus_term)[block], nothing(t)
 
 # %% ../nbs/11_gradient_maps.ipynb #553cf054
-def gradient_norm_term(h, g):
+def gradient_norm_term(
+    h, # tokens [B, n, C] at the input of a block
+    g, # their gradient, of the same shape
+)->torch.Tensor: # [B, n]
     "Length of each token's gradient"
     return g.norm(dim=-1)
 
 @method('gradient_norm', 'Simonyan et al. 2013', r'\lVert G_i \rVert_2', [gradient_norm_term], unit='')
-def gradient_norm(t:Trace, block:int=0):
+def gradient_norm(
+    t:Trace,     # with `gradient_norm_term` noted
+    block:int=0, # at whose input
+)->tuple:        # tokens [B, N], and nothing unplaced
     "Norm of the gradient at the input of a block, a sensitivity without sign (Simonyan et al. 2013, arXiv 1312.6034)"
     return t.term(gradient_norm_term)[block], nothing(t)
 

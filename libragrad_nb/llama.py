@@ -16,7 +16,7 @@ from .zoo import EMBEDDED, load
 def load_reader(
     name:str='llama_recall', # or a causal language model of the Hugging Face hub
     device='cpu',            # on a GPU those of the hub compute in bfloat16
-):                           # the model in evaluation mode, and its tokenizer; None where a word is a token
+)->tuple:                    # the model in evaluation mode, and its tokenizer; None where a word is a token
     "A language model to ask"
     if name in EMBEDDED: return load(name).to(device), None
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +24,12 @@ def load_reader(
     return AutoModelForCausalLM.from_pretrained(name).eval().to(device, dtype), AutoTokenizer.from_pretrained(name)
 
 # %% ../nbs/33_llama.ipynb #78c039c1
-def tokens_of(word:str, tokenizer=None, blank:bool=True)->list:
-    "The token ids of a word, with a blank in front of it"
+def tokens_of(
+    word:str,        # without blanks
+    tokenizer=None,  # of `load_reader`
+    blank:bool=True, # in front of the word
+)->list:             # of token ids
+    "The token ids of a word"
     if tokenizer is not None: return tokenizer(' '*blank + word, add_special_tokens=False)['input_ids']
     if word not in VOCABULARY: raise ValueError(f'{word!r} is no word of this model: it knows {", ".join(VOCABULARY)}')
     return [VOCABULARY.index(word)]
@@ -33,9 +37,9 @@ def tokens_of(word:str, tokenizer=None, blank:bool=True)->list:
 # %% ../nbs/33_llama.ipynb #7fef65c6
 def read(
     texts:list,     # B lists of words
-    tokenizer=None,
-    device='cpu',
-):                  # arguments of the model, and the number of the word [B, N] that each token belongs to, -1 for none
+    tokenizer=None, # of `load_reader`
+    device='cpu',   # of the model
+)->tuple:           # arguments of the model, and the number of the word [B, N] that each token belongs to, -1 for none
     "Words as a batch of tokens, shorter texts filled up behind their end"
     front = [(i, -1) for i in tokenizer('')['input_ids']] if tokenizer is not None else []
     rows = [front + [(i, k) for k, w in enumerate(text) for i in tokens_of(w, tokenizer, k > 0)] for text in texts]
@@ -54,7 +58,10 @@ def by_word(
     return out.scatter_add(1, owner % out.shape[1], values.flatten(1))[:, :-1]
 
 # %% ../nbs/33_llama.ipynb #3e1a5f60
-def spelled(ids:torch.Tensor, tokenizer=None)->list:
-    "Every token as a string, a list for each text"
+def spelled(
+    ids:torch.Tensor, # [B, N]
+    tokenizer=None,   # of `load_reader`
+)->list:              # B lists of N strings
+    "Every token as a string"
     word = VOCABULARY.__getitem__ if tokenizer is None else lambda i: tokenizer.decode([i]).strip()
     return [[word(i) for i in row] for row in ids.tolist()]

@@ -25,7 +25,7 @@ from .tokens import layout
 def counted(
     module, # of the model
     B:int,  # images that are explained
-):
+):          # passes an image by direction, 'forward' and 'backward'
     "How often each image went through a module, forward and backward, while the block ran"
     passes = dict(forward=0., backward=0.)
     def count(which, n): passes[which] += n/B
@@ -60,14 +60,14 @@ def _once(model, images):
 
 # %% ../nbs/16a_methods.ipynb #5fc235d3
 def overview(
-    model,
-    images,           # [B, 3, H, W]
-    target=None,      # as in `explain`
-    names=None,       # of methods, all where not given
-    rules=None,       # as in `explain`
-    options={},       # of methods, by their names: {'lime': dict(samples=100)}
-    progress:bool=True,
-):                    # a row for each method; the maps, an `Attribution` by name
+    model,              # as for `explain`
+    images,             # [B, 3, H, W]
+    target=None,        # as for `explain`
+    names=None,         # of methods, all where not given
+    rules=None,         # as for `explain`
+    options={},         # of methods, by their names: {'lime': dict(samples=100)}
+    progress:bool=True, # show a bar
+)->tuple:               # a table with a row for each method; the maps, an `Attribution` by name
     "Draw the map of every method, and measure what it costs and whether it adds up"
     rows, maps, last, once = [], {}, (layout(model, images).stages or [model])[-1], _once(model, images)
     for name in tqdm(list(names or methods), disable=not progress, desc='methods'):

@@ -19,7 +19,7 @@ def one_token(
     state,        # how the tokens are kept, a `State`
     places,       # [S] numbers of tokens
     ndim:int,     # axes of the token state [B, ...]
-):                # [S, 1, ...], True at that token
+)->torch.Tensor:  # [S, 1, ...], True at that token
     "Masks that choose one token each"
     hot = places[:, None] == torch.arange(state.n, device=places.device)
     sizes = (state.n,) if len(state.axes) == 1 else state.grid
@@ -28,10 +28,17 @@ def one_token(
     return hot.view(len(places), *shape)
 
 # %% ../nbs/15_patching.ipynb #a800f9fb
-def middle(L:int): return L//3, -(-2*L//3)
+def middle(
+    L:int, # blocks of the model
+)->tuple:  # its first block, and the one behind its last
+    "The middle third of the blocks"
+    return L//3, -(-2*L//3)
 
-def which_range(blocks, source):
-    "First block and the one behind the last, checked"
+def which_range(
+    blocks, # a pair (first, behind the last), a `range`, or None: the middle third
+    source, # the scene, a `Rest`
+)->tuple:   # first block, and the one behind the last
+    "The blocks over which a patch is held, checked"
     L = len(source.inputs)
     if blocks is None: blocks = middle(L)
     if isinstance(blocks, range) and blocks.step == 1: blocks = blocks.start, blocks.stop
@@ -66,12 +73,19 @@ def _measured(target, of, score):
 # %% ../nbs/15_patching.ipynb #7752b2c6
 @method('caap', 'Izadi et al. 2026', r'f(x_0;\; h_i[p] \leftarrow h_i^x[p],\; a \le i < b) - f(x_0)', runs=True, rules='plain')
 @torch.no_grad()
-def caap(model, images, target=None, rules='plain', of='logit', *,
+def caap(
+    model,               # as for `explain`
+    images,              # [B, 3, H, W], token ids [B, N], or a dictionary of arguments
+    target=None,         # as for `explain`
+    rules='plain',       # a name to report: no gradient is read
+    of='logit',          # 'logit' or 'probability'; of classes it is `score` that counts
+    *,
     blocks=None,         # pair (a, b): held at the inputs of blocks a to b - 1; None: the middle third
     neutral='mean',      # 'mean' (zeros, the mean colour where images are normalised), an image, or token ids
     score=None,          # 'probability' or 'logit' of the class; None: the probability, or the value of a target function
     batch_size:int=64,   # patches x images that go through the model at once
-    progress:bool=True):
+    progress:bool=True,  # show a bar
+)->tuple:                # the scores as a `Question`; effects of the tokens [B, N]; scores of the empty image [B]
     "Causal Attribution via Activation Patching: what each patch, held over a range of blocks, does in a neutral image (Izadi et al. 2026)"
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: at least one patch must go through the model at a time')
     source = Rest(model, images, target, _measured(target, of, score))

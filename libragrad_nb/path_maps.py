@@ -23,16 +23,22 @@ from .trace import not_recomputed
 
 # %% ../nbs/13_path_maps.ipynb #a7aca025
 def _even(n): return torch.full((n,), 1/n, dtype=torch.float64)
-def right(n): return (torch.arange(n).double() + 1)/n, _even(n)
-def midpoint(n): return (torch.arange(n).double() + .5)/n, _even(n)
+def right(n:int): # steps
+    "Ends of `n` equal pieces of the way: places [n] and weights [n]"
+    return (torch.arange(n).double() + 1)/n, _even(n)
 
-def trapezoid(n):
+def midpoint(n:int): # steps
+    "Middles of `n` equal pieces: places [n] and weights [n]"
+    return (torch.arange(n).double() + .5)/n, _even(n)
+
+def trapezoid(n:int): # steps, 2 or more
+    "Both ends and what is evenly between, the ends with half the weight: places [n] and weights [n]"
     if n < 2: raise ValueError('the trapezoid rule needs two steps or more, for the two ends')
     inner = torch.ones(n).double(); inner[[0, -1]] = .5
     return torch.linspace(0, 1, n, dtype=torch.float64), inner/(n - 1)
 
-def gauss_legendre(n):
-    "Denser towards both ends; exact for polynomials of degree 2n - 1"
+def gauss_legendre(n:int): # steps
+    "Denser towards both ends, exact for polynomials of degree 2n - 1: places [n] and weights [n]"
     places, weights = np.polynomial.legendre.leggauss(n)
     return torch.tensor(places + 1)/2, torch.tensor(weights)/2
 
@@ -40,13 +46,15 @@ integrations = dict(midpoint=midpoint, gauss_legendre=gauss_legendre, trapezoid=
 
 # %% ../nbs/13_path_maps.ipynb #cb7c785d
 def sum_of_gradients(
-    rest:Rest,
-    points,     # iterable of states [B, ...]
-    weights,    # one for each
-    rules='plain', batch_size:int=32, # points x images that go through the model at once
-    progress:bool=True, name='',
-):
-    "The weighted sum of the gradients of the score at several points [B, ...]"
+    rest:Rest,           # of a model
+    points,              # iterable of states [B, ...]
+    weights,             # one for each
+    rules='plain',       # name of a rule set, or a set of rules
+    batch_size:int=32,   # points x images that go through the model at once
+    progress:bool=True,  # show a bar where there is more than one step
+    name='',             # of the bar
+)->torch.Tensor:         # [B, ...]
+    "The weighted sum of the gradients of the score at several points"
     if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: at least one state must go through the model at a time')
     points, total, per = iter(points), 0, max(1, batch_size//len(rest))
     with torch.inference_mode(False), torch.enable_grad():
@@ -60,10 +68,10 @@ def sum_of_gradients(
 
 # %% ../nbs/13_path_maps.ipynb #5df5db19
 def baseline_state(
-    rest:Rest,
+    rest:Rest,# of a model, from some block on
     images,   # the inputs that `rest` was made from
     baseline, # a number, a tensor like the state of one image, or 'image': the state of an image in the mean colour
-):            # [B, ...] like `rest.h`
+)->torch.Tensor: # [B, ...] like `rest.h`
     "Where a path starts"
     h = rest.h
     if isinstance(baseline, str):
@@ -80,12 +88,18 @@ def baseline_state(
 # %% ../nbs/13_path_maps.ipynb #fcea3930
 def _path(block):
     "Integrated Gradients at the input of a block, or of the model (None)"
-    def integrated_gradients(model, images, target=None, rules='plain', of='logit', *,
+    def integrated_gradients(
+        model,                       # a torch module in evaluation mode; it is not changed
+        images,                      # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
+        target=None,                 # see `choose`
+        rules='plain',               # name of a rule set, or a set of rules
+        of='logit', *,               # or 'probability'
         steps:int=50,                # gradients for each image
         baseline=0.,                 # where the path starts, see `baseline_state`
         integration:str='gauss_legendre',  # a name in `integrations`
         batch_size:int=32,           # steps x images that go through the model at once
-        progress:bool=True):
+        progress:bool=True, # show a bar where there is more than one step
+    )->tuple: # `Question`, tokens [B, N], unplaced [B]
         "Mean gradient on the way from a baseline, times the way (Sundararajan et al. 2017)"
         places, weights = _places(integration, steps)
         rest = Rest(model, images, target, of, block)
@@ -109,9 +123,16 @@ integrated_gradients_pixels = method('integrated_gradients_pixels', pixels=True,
 # %% ../nbs/13_path_maps.ipynb #39bc81a2
 @method('input_x_gradient_on_path', 'LibraGrad authors\' code for Integrated Gradients', r'\frac1n \sum_{k=1}^n \frac kn x \odot \nabla f(\tfrac kn x)',
         runs=True, rules='plain')
-def input_x_gradient_on_path(model, images, target=None, rules='plain', of='logit', *,
-    steps:int=50, batch_size:int=32, # as in `integrated_gradients`
-    progress:bool=True):
+def input_x_gradient_on_path(
+    model,              # a torch module in evaluation mode; it is not changed
+    images,             # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
+    target=None,        # see `choose`
+    rules='plain',      # name of a rule set, or a set of rules
+    of='logit', *,      # or 'probability'
+    steps:int=50,       # gradients for each image
+    batch_size:int=32,  # steps x images that go through the model at once
+    progress:bool=True, # show a bar where there is more than one step
+)->tuple: # `Question`, tokens [B, N], unplaced [B]
     "Input x Gradient averaged over scaled inputs; not Integrated Gradients, although it has gone by that name"
     places, weights = _places('right', steps)
     rest = Rest(model, images, target, of)
@@ -122,7 +143,9 @@ def input_x_gradient_on_path(model, images, target=None, rules='plain', of='logi
 # %% ../nbs/13_path_maps.ipynb #a323988b
 def shaken(
     h:torch.Tensor, # [B, ...]
-    samples:int, noise:float, seed:int, # see `smooth_grad`
+    samples:int,    # how many
+    noise:float,    # standard deviation, as a share of the range of values of each image
+    seed:int,       # the same seed gives the same noise
 ):
     "`samples` times `h` with noise; sample k is the same for every image, batch size and device"
     g = torch.Generator().manual_seed(seed)
@@ -133,12 +156,18 @@ def shaken(
 # %% ../nbs/13_path_maps.ipynb #b14cedf9
 def _smooth(block, norm=False, rules='libra', noise=.02):
     "SmoothGrad at the input of a block, or of the model (None)"
-    def smooth_grad(model, images, target=None, rules=rules, of='logit', *,
+    def smooth_grad(
+        model,              # a torch module in evaluation mode; it is not changed
+        images,             # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
+        target=None,        # see `choose`
+        rules=rules,        # name of a rule set, or a set of rules
+        of='logit', *,      # or 'probability'
         samples:int=50,     # gradients for each image
         noise:float=noise,  # standard deviation, as a share of the range of values of each image
-        seed:int=0,
+        seed:int=0,         # the same seed gives the same noise
         batch_size:int=32,  # samples x images that go through the model at once
-        progress:bool=True):
+        progress:bool=True, # show a bar where there is more than one step
+    )->tuple: # `Question`, tokens [B, N], unplaced [B]
         "Mean gradient over noisy copies of the input, times the input (Smilkov et al. 2017)"
         if not isinstance(samples, int) or samples < 1: raise ValueError(f'samples must be a whole number, 1 or more, not {samples!r}')
         if not noise >= 0: raise ValueError(f'noise must be 0 or more, as a share of the range of the input, not {noise!r}')

@@ -61,11 +61,11 @@ def _bar(fig, drawn, axes, label=None, **where):
 # %% ../nbs/17_plot.ipynb #e6b3a57c
 def _picture(ax, a, i, outline=None, title=''):
     "The image that is explained"
-    ax.imshow(a.rgb[i]); ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
+    ax.imshow(a.rgb[i].numpy()); ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
     _outline(ax, outline, 'w')
 
 def _outline(ax, mask, color='k'):
-    if mask is not None: ax.contour(mask, [.5], colors=color, linewidths=.8)
+    if mask is not None: ax.contour(torch.as_tensor(mask).cpu().numpy(), [.5], colors=color, linewidths=.8)
 
 def _images_only(found):
     for a in found:
@@ -74,13 +74,13 @@ def _images_only(found):
 
 # %% ../nbs/17_plot.ipynb #4c90ec33
 def overlay(
-    a:Attribution,
-    i:int=0,            # which image
+    a:Attribution,      # of images
+    i:int=0,            # which of them
     limit:float=None,   # value of the strongest colour, the map's own largest where not given
-    opacity:float=1,
-    outline=None,       # a mask [H, W]
+    opacity:float=1,    # of the colours
+    outline=None,       # a mask [H, W] to draw on it
     width:float=3.4,    # in inches
-):
+)->object:              # matplotlib figure
     "One map over its image, with its bar"
     import matplotlib.pyplot as plt
     _images_only([a])
@@ -106,7 +106,7 @@ def grid(
     width:float=7,     # in inches
     wrap:int=None,     # at most so many maps side by side
     title:str=None,    # of the image
-):
+)->object:             # matplotlib figure
     "Maps of one image side by side, with the completeness error of each below it"
     import matplotlib.pyplot as plt
     rows = found if all(isinstance(v, Mapping) for v in found.values()) else {'': found}
@@ -193,7 +193,7 @@ def words(
     width:float=7,     # in inches
     limit:float=None,  # value of the strongest colour, the largest of all rows where not given
     i:int=0,           # which text of an `Attribution`
-):
+)->object:             # matplotlib figure
     "The words of one text, coloured by value, a row for each way to explain it; one scale for all"
     import matplotlib.pyplot as plt
     rows = {n: v.map[i].flatten() if isinstance(v, Attribution) else torch.as_tensor(v) for n, v in found.items()}
@@ -223,13 +223,13 @@ def _scale_below(fig, ax, top, width):
 
 # %% ../nbs/17_plot.ipynb #d60162ba
 def pairs(
-    values,        # [N, M]
-    rows:list,     # N strings
-    columns:list,  # M strings
-    width:float=5, # in inches
-    limit:float=None,
-):
-    "What each pair of words contributes"
+    values,            # [N, M] signed
+    rows:list,         # N strings
+    columns:list,      # M strings
+    width:float=5,     # in inches
+    limit:float=None,  # value of the strongest colour, the largest where not given
+)->object:             # matplotlib figure
+    "What each pair of words contributes, as a matrix"
     import matplotlib.pyplot as plt, seaborn as sns
     values = torch.as_tensor(values).detach().float().cpu()
     if values.shape != (len(rows), len(columns)): raise ValueError(f'values {list(values.shape)} for {len(rows)} rows and {len(columns)} columns')

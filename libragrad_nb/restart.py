@@ -22,8 +22,11 @@ from .trace import Question, TokenTally, _check_scores, bottlenecks, carried, in
 
 # %% ../nbs/10a_restart.ipynb #a3b512fe
 @contextmanager
-def in_front(modules, see):
-    "Let `see((module, n), args, kwargs)` look at the arguments of the n-th call of each module, and replace them"
+def in_front(
+    modules, # those of a model
+    see,     # `see((module, n), args, kwargs)` returns other (args, kwargs), or None
+):
+    "Let `see` look at the arguments of the n-th call of each module in this thread, and replace them"
     calls, thread = Counter(), threading.get_ident()
     def hook(module, args, kwargs):
         if threading.get_ident() != thread: return None
@@ -114,9 +117,13 @@ class _Rerun(_Noted):
 # %% ../nbs/10a_restart.ipynb #17dcc80e
 class Rest(_Rerun):
     "The rest of a model from the input of a block on: a function of the states there, [S*B, ...] to scores [S*B]"
-    def __init__(self, model, images, target=None, of:str='logit',
-                 block=0, # number of a block, negative from the end; None: the images themselves, or the embedded tokens of a text
-                ):
+    def __init__(self,
+        model,          # a torch module in evaluation mode; it is not changed
+        images,         # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
+        target=None,    # see `choose`
+        of:str='logit', # or 'probability'
+        block=0,        # number of a block, negative from the end; None: the images themselves, or the embedded tokens of a text
+    ):
         super().__init__(model, images, target, of)
         self.block, self._together = _which(block, len(self.inputs)), None
         if self.block is not None: _check_sealed(self, self.block)

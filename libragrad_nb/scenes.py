@@ -19,7 +19,7 @@ import torch.nn.functional as F
 @lru_cache
 def digit_bank(
     split:str='test', # 'train' (1400 images) or 'test' (397); they share none
-):                    # glyphs [n, 8, 8] in [0, 1] and classes [n]
+)->tuple:             # glyphs [n, 8, 8] in [0, 1] and classes [n]
     "The handwritten digits of scikit-learn"
     from sklearn.datasets import load_digits
     d = load_digits()
@@ -28,13 +28,22 @@ def digit_bank(
     return torch.tensor(d.images, dtype=torch.float32)[mine]/16, torch.tensor(d.target)[mine]
 
 # %% ../nbs/07a_scenes.ipynb #4ab5ffee
-def clutter(n, size, g):
+def clutter(
+    n:int,             # how many
+    size:int,          # pixels a side
+    g:torch.Generator, # source of the noise
+)->torch.Tensor:
     "Coarse and fine colour noise [n, 3, size, size] in [0, 1]"
     coarse = F.interpolate(torch.rand(n, 3, 8, 8, generator=g), (size, size), mode='bicubic')
     return (.5*coarse + .05*torch.randn(n, 3, size, size, generator=g)).clamp(0, 1)
 
 # %% ../nbs/07a_scenes.ipynb #cc05d1d2
-def place(n, digits, size, g):
+def place(
+    n:int,             # how many scenes
+    digits:int,        # squares in each, at most 4
+    size:int,          # pixels a side of the scene
+    g:torch.Generator, # where chance comes from
+)->torch.Tensor:
     "Squares [n, digits, 3] as centre row, centre column and side in pixels, that hardly overlap"
     def draw(m):
         side = 20 + 10*torch.rand(m, digits, generator=g)
@@ -49,7 +58,11 @@ def place(n, digits, size, g):
     return box
 
 # %% ../nbs/07a_scenes.ipynb #cfc04235
-def pick(labels, split, g):
+def pick(
+    labels:torch.Tensor, # classes [n, digits]
+    split:str,           # 'train' or 'test', see `digit_bank`
+    g:torch.Generator,   # where chance comes from
+)->torch.Tensor:
     "A random glyph of each class: labels [n, digits] to [n, digits, 8, 8]"
     glyphs, classes = digit_bank(split)
     by_class = classes.argsort(stable=True)
@@ -58,8 +71,13 @@ def pick(labels, split, g):
     return glyphs[by_class[count.cumsum(0)[labels] - count[labels] + nth]]
 
 # %% ../nbs/07a_scenes.ipynb #3b257154
-def stamp(glyphs, box, angle, size):
-    "Glyphs [m, 8, 8] painted into squares [m, 3], tilted by angle [m] in radians: ink [m, size, size] in [0, 1]"
+def stamp(
+    glyphs:torch.Tensor, # [m, 8, 8] in [0, 1]
+    box:torch.Tensor,    # [m, 3]: centre row, centre column and side in pixels, as `place` draws them
+    angle:torch.Tensor,  # [m] in radians
+    size:int,            # pixels a side of the scene
+)->torch.Tensor:
+    "Glyphs painted into their squares, tilted: ink [m, size, size] in [0, 1]"
     cos, sin = angle.cos(), angle.sin()
     zoom = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)*(size/box[:, 2])[:, None, None]
     centre = 2*box[:, [1, 0], None]/size - 1
@@ -126,7 +144,7 @@ def scenes(
     n:int,            # how many
     digits:int=1,     # digits in each, of different classes
     split:str='test', # whose handwriting: 'train' or 'test'
-    seed:int=0,
+    seed:int=0,       # the same seed gives the same scenes
     size:int=64,      # pixels
 )->Scenes:
     "Draw scenes of handwritten digits in pale random colours on clutter"
@@ -137,7 +155,7 @@ def coloured_scenes(
     n:int,            # how many
     digits:int=2,     # digits in each, of different classes and different colours
     split:str='test', # whose handwriting: 'train' or 'test'
-    seed:int=0,
+    seed:int=0,       # the same seed gives the same scenes
     size:int=64,      # pixels
 )->Scenes:
     "Draw scenes whose digits have colours with names"
@@ -209,7 +227,7 @@ def _show_sentences(s, said, first):
 def recall(
     n:int,           # how many texts
     facts:int=3,     # sentences before the question, 2 to 5, about different things of different colours
-    seed:int=0,
+    seed:int=0,      # the same seed gives the same texts
     questions:int=1, # all but the last are answered in the text
 )->Sentences:
     "Write texts of facts that end in a question about one of them: N = 5*(facts + questions) - 2 words"

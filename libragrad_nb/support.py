@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SIDES', 'SMALL', 'HUGGING_FACE', 'VERDICTS', 'enliven', 'settle', 'smallest', 'seeded', 'timm_model',
            'FromEmbeddings', 'hugging_face_model', 'turnover', 'float32_inside', 'leak', 'read', 'committed', 'build',
-           'measure', 'peak', 'check', 'verdict', 'guard', 'isolated', 'versions', 'save', 'sweep', 'table',
-           'known_names', 'summary', 'report', 'main']
+           'measure', 'peak', 'check', 'verdict', 'guard', 'isolated', 'versions', 'sweep', 'table', 'report', 'main']
 
 # %% ../nbs/22_support.ipynb #cf7b3935
 import argparse, difflib, json, math, multiprocessing, os, re, sys, threading, time, warnings
@@ -28,8 +27,11 @@ from .ledger import ledger
 
 # %% ../nbs/22_support.ipynb #0c4123f4
 @torch.no_grad()
-def enliven(model, seed=0):
-    "Add noise of 0.1 to every parameter that starts out (nearly) constant; returns the model"
+def enliven(
+    model,      # is changed
+    seed:int=0, # of the noise
+)->nn.Module:   # the same model
+    "Add noise of 0.1 to every parameter that starts out (nearly) constant"
     noise = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.numel() == 1 or p.std() < 1e-3: p += .1*torch.randn(p.shape, generator=noise)
@@ -37,15 +39,20 @@ def enliven(model, seed=0):
 
 # %% ../nbs/22_support.ipynb #1ef3a7be
 @torch.no_grad()
-def settle(model, images):
-    "Let the batch norms take their statistics from these images; returns the model in evaluation mode"
+def settle(
+    model,      # is changed
+    images,     # [B, 3, H, W]
+)->nn.Module:   # the same model, in evaluation mode
+    "Let the batch norms take their statistics from these images"
     norms = [m for m in model.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
     if norms: model(images)
     return model.eval()
 
 # %% ../nbs/22_support.ipynb #f96f574c
-def smallest(family):
+def smallest(
+    family:str, # a module of timm, such as 'vision_transformer'
+)->str:         # name of a model
     "The model of a timm family with the fewest parameters, counted without allocating any"
     sizes = {}
     for name in timm.list_models(module=family):
@@ -58,7 +65,11 @@ def smallest(family):
 # %% ../nbs/22_support.ipynb #0b6036ce
 SIDES = (64, 96, 112, 128, 160, 192, 224, 240, 256)
 
-def seeded(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def seeded(
+    *shape,       # of the tensor
+)->torch.Tensor:
+    "Noise, the same every time"
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 def _for_side(name, side):
     torch.manual_seed(0)
@@ -67,9 +78,9 @@ def _for_side(name, side):
 
 @torch.no_grad()
 def timm_model(
-    name,
+    name:str,    # of a timm model
     sides=SIDES, # image sizes in pixels, tried in turn
-):               # model in evaluation mode, two images [2, 3, side, side]
+)->tuple:        # model in evaluation mode, two images [2, 3, side, side]
     "A timm model with random weights, and images of the first size that it runs on"
     for side in sides:
         try:
@@ -85,7 +96,9 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 class FromEmbeddings(nn.Module):
     "A Hugging Face model as a function of one tensor, pixels or embedded words; returns what it pools, or else its first output"
-    def __init__(self, model):
+    def __init__(self,
+        model, # of transformers
+    ):
         super().__init__()
         self.model, self.key = model, 'pixel_values' if model.main_input_name == 'pixel_values' else 'inputs_embeds'
     def forward(self, x):
@@ -93,8 +106,8 @@ class FromEmbeddings(nn.Module):
         return out.get('pooler_output', out[0])
 
 def hugging_face_model(
-    name, # of a class in transformers
-):        # model, and input [2, 3, 64, 64] or [2, 7, 32]
+    name:str, # of a class in transformers
+)->tuple:     # model, and input [2, 3, 64, 64] or [2, 7, 32]
     "A small model of that class from its configuration, with random weights, and an input"
     try: kind = getattr(import_module('transformers'), name)
     except ImportError as e: raise ImportError(f'{name} needs transformers: pip install transformers') from e
@@ -106,7 +119,11 @@ def hugging_face_model(
 class _Sizes(Tally):
     def add(self, g, c, where): self.total += (g.double()*c).abs().sum().item()
 
-def turnover(f, x, rules='libra')->float:
+def turnover(
+    f,              # a model
+    x:torch.Tensor, # its input
+    rules='libra',  # a name or a set of rules
+)->float:
     "How much gradient times input and constants add up to without their signs, relative to the score"
     x, tally = x.detach().requires_grad_(), _Sizes()
     with libra(f, rules, tally): y = f(x)
@@ -121,13 +138,20 @@ class _Narrow(TorchFunctionMode):
         self.found |= isinstance(out, torch.Tensor) and out.requires_grad and out.dtype == torch.float32
         return out
 
-def float32_inside(f, x)->bool:
+def float32_inside(
+    f,              # a model in float64
+    x:torch.Tensor, # its input
+)->bool:
     "Whether a float64 model does some of its computing in float32"
     with _Narrow() as mode: f(x.double().requires_grad_())
     return mode.found
 
 # %% ../nbs/22_support.ipynb #1b7366b8
-def leak(f, x, rules='libra'):
+def leak(
+    f,              # a model
+    x:torch.Tensor, # its input
+    rules='libra',  # a name or a set of rules
+)->str:             # or why there is no ledger
     "The kind of operation that loses or makes up most, and its share of the score; None if nothing leaks"
     try: sheet = ledger(f, x, lambda y: y.abs().flatten(1).sum(1), rules)
     except (RuntimeError, ValueError) as e: return f'no ledger: {e}'[:80]
@@ -138,18 +162,20 @@ def leak(f, x, rules='libra'):
 # %% ../nbs/22_support.ipynb #83f297e8
 HUGGING_FACE = 'ViTModel Dinov2Model CLIPVisionModel SiglipVisionModel BertModel GPT2LMHeadModel LlamaForCausalLM'.split()
 
-def read(path):
-    "Rows of a table by name; none if there is no such file"
+def read(
+    path,    # of a support.jsonl
+)->dict:     # rows by name
+    "Rows of a table; none if there is no such file"
     path = Path(path)
     return {r['name']: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
 
-def committed():
+def committed()->dict: # rows by name
     "The rows that come with the package"
     return read(resources.files('libragrad_nb')/'data/support.jsonl')
 
 def build(
-    name, # family or model of timm, or class of transformers
-):        # name of the model, model, input
+    name:str, # family or model of timm, or class of transformers
+)->tuple:     # name of the model, model, input
     "The model that speaks for a name, in the size that the committed table remembers"
     row = committed().get(name, {})
     if name in timm.list_modules(): name = row['model'] if timm.is_model(row.get('model', '')) else smallest(name)
@@ -158,7 +184,10 @@ def build(
     return name, *timm_model(name, [*sides, *SIDES])
 
 # %% ../nbs/22_support.ipynb #fb897efc
-def measure(f, x):
+def measure(
+    f,              # a model; it ends in float32
+    x:torch.Tensor, # its input
+)->dict:            # the columns of a row
     "Completeness errors and turnover of a model, and whether its forward pass is unchanged"
     row = dict(float32_inside=float32_inside(f.double(), x))
     for dtype in (torch.float64, torch.float32):
@@ -174,7 +203,9 @@ def peak()->float:
     try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/2**20
     except FileNotFoundError: return math.nan
 
-def check(name):
+def check(
+    name:str, # family or model of timm, or class of transformers
+)->dict:
     "One row of the table"
     start = time.time()
     model, f, x = build(name)
@@ -186,7 +217,9 @@ def check(name):
 # %% ../nbs/22_support.ipynb #f7464a70
 VERDICTS = ('failed', 'leaks', 'rounding', 'complete')
 
-def verdict(row)->str:
+def verdict(
+    row:dict, # of the table
+)->str:
     "One of `VERDICTS`; 'failed' if there is no account"
     if row.get('reason'): return 'failed'
     e32, e64, eps = abs(row['libra32']), abs(row['libra64']), torch.finfo(torch.float32).eps
@@ -216,7 +249,7 @@ def _alone(pipe, work, name, memory):
 
 # %% ../nbs/22_support.ipynb #71410f19
 def isolated(
-    name,
+    name:str,           # as for `check`
     timeout:float=900., # seconds
     memory:float=6.,    # GB
     work=check,         # function of the name that returns the row
@@ -250,13 +283,14 @@ def save(rows, path):
 
 # %% ../nbs/22_support.ipynb #0189bd33
 def sweep(
-    names,
-    path,         # file of rows, a JSON object a line
-    again=False,  # also those that are there
-    jobs=1,       # how many at a time
-    progress=True,
-    **how):       # `timeout`, `memory`, `work`: see `isolated`
-    "Make the rows that are missing; returns all rows by name"
+    names,              # as for `check`
+    path,               # file of rows, a JSON object a line
+    again:bool=False,   # also those that are there
+    jobs:int=1,         # how many at a time
+    progress:bool=True, # show a bar
+    **how,              # `timeout`, `memory`, `work`: see `isolated`
+)->dict:                # all rows by name
+    "Make the rows that are missing"
     rows, now = read(path), versions()
     todo = [n for n in names if again or n not in rows or {k: rows[n].get(k) for k in now} != now]
     with ThreadPool(jobs) as pool:
@@ -267,7 +301,9 @@ def sweep(
     return rows
 
 # %% ../nbs/22_support.ipynb #83d059c0
-def table(rows=None)->pd.DataFrame:
+def table(
+    rows:dict=None, # by name; None: those that come with the package
+)->pd.DataFrame:
     "The committed rows, or others, as a table with verdicts, what is not complete first"
     t = pd.DataFrame((committed() if rows is None else rows).values())
     t['verdict'] = [verdict(r) for r in t.to_dict('records')]
@@ -295,8 +331,11 @@ def summary(row):
     numbers = '{libra32:.0e} in float32, {libra64:.0e} in float64'
     return f"{row['name']}: {verdict(row)}, " + (row.get('reason') or numbers.format(**row) + (f", {row['leak']}" if row['leak'] else ''))
 
-def report(rows:dict):
-    "Print what is not complete, and how often each verdict; returns the names that leak or fail here and do not in the committed table"
+# %% ../nbs/22_support.ipynb #78ecf6b4
+def report(
+    rows:dict, # by name
+)->list:       # names that leak or fail here and do not in the committed table
+    "Print what is not complete, and how often each verdict"
     verdicts = {name: verdict(row) for name, row in rows.items()}
     for name, v in verdicts.items():
         if v != 'complete': print(summary(rows[name]))
@@ -316,7 +355,9 @@ def _parser():
     p.add_argument('--memory', type=float, default=6, help='GB for a model (default: 6)')
     return p
 
-def main(args=None):
+def main(
+    args:list=None, # of the command; None: those of this process
+):
     "The support matrix; `python -m libragrad_nb.support --help`"
     p = _parser()
     o = p.parse_args(args)

@@ -8,7 +8,7 @@ __all__ = ['members', 'State', 'Layout', 'layout', 'overlap', 'spread', 'on_grid
 
 # %% ../nbs/09_tokens.ipynb #14aff253
 import copy, math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 # %% ../nbs/09_tokens.ipynb #5315d04a
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 # %% ../nbs/09_tokens.ipynb #4a546d93
-def members(m):
+def members(
+    m:nn.Module, # a block, or a stage of blocks
+)->list:
     "The blocks inside a stage, or the module itself where it is one block"
     inner = getattr(m, 'blocks', m)
     if not isinstance(inner, (nn.Sequential, nn.ModuleList)): return [m]
@@ -77,16 +79,18 @@ class State:
     axes:tuple      # which count tokens: (1,) in a row, (1, 2) channels last, (2, 3) channels first
     grid:tuple      # rows and columns of patches
     prefix:int=0    # tokens in front of the patches
-    channels:int=0
+    channels:int=0  # of a token in a row
     order:torch.Tensor=None # where the tokens do not run row by row: the token at each place of the grid
     @property
-    def n(self): return self.prefix + math.prod(self.grid)
+    def n(self):
+        "How many tokens"
+        return self.prefix + math.prod(self.grid)
 
     def tokens(
         self,
         part:torch.Tensor, # the tensor, or another that has its tokens on `axes`
-        axes=None,
-    ):                     # [B, n]
+        axes=None,         # where its tokens are, if not on those of the state
+    )->torch.Tensor:       # [B, n]
         "Sum over everything but batch and tokens"
         return self.rows(part, axes).sum(-1)
 
@@ -109,11 +113,14 @@ class Layout:
 
     @property
     def patches(self):
+        "How many patches"
         if self.grid is None:
             raise NotImplementedError('this model has no patch embedding that announces a grid of patches')
         return math.prod(self.grid)
 
-    def count_prefix(self, shape): return _count_prefix(self, shape)
+    def count_prefix(self, shape):
+        "How many tokens stand before the patches in a token state of that shape [B, N, C]"
+        return _count_prefix(self, shape)
     def state(self, shape, module=None, i=0):
         "The `State` of a tensor of that shape in front of block `i`, or None where that is not certain"
         if len(shape) == 3: return _row(self, shape, i)
@@ -185,7 +192,7 @@ def _grids(model, grid, size):
 
 # %% ../nbs/09_tokens.ipynb #c8c501c7
 def layout(
-    model,
+    model,          # a torch module
     x:torch.Tensor, # images [B, C, H, W], or token ids [B, N]
 )->Layout:
     "Read from a model where its tokens are"
@@ -198,8 +205,11 @@ def layout(
     return Layout(_blocks(model), grid, prefix, size, _grids(model, grid, size), last, getattr(inner, 'reroll', None))
 
 # %% ../nbs/09_tokens.ipynb #633fbcc9
-def overlap(m:int, n:int)->torch.Tensor:
-    "Which share of each of `n` cells falls on each of `m` cells of the same length: [m, n], columns sum to 1"
+def overlap(
+    m:int, # cells wanted
+    n:int, # cells there are, on the same length
+)->torch.Tensor: # [m, n], columns sum to 1
+    "Which share of each of `n` cells falls on each of `m` cells"
     i, j = torch.arange(m)[:, None], torch.arange(n)
     shared = torch.minimum((i + 1)*n, (j + 1)*m) - torch.maximum(i*n, j*m)
     return shared.clamp_min(0).double()/m
@@ -216,8 +226,9 @@ def spread(
 # %% ../nbs/09_tokens.ipynb #c0d6199e
 def on_grid(
     tokens:torch.Tensor, # [B, n] in the order of `state`
-    state:State,
-    grid:tuple, prefix:int, # where to put them
+    state:State,         # where they are
+    grid:tuple,          # rows and columns of patches wanted
+    prefix:int,          # prefix tokens wanted, zeros where the state has fewer
 )->torch.Tensor:         # [B, prefix + rows*cols]
     "Token values of one state on the grid that all states share"
     front, patches = tokens[:, :state.prefix], tokens[:, state.prefix:]
@@ -255,7 +266,8 @@ class Inputs:
 
 # %% ../nbs/09_tokens.ipynb #7ade9699
 def read_inputs(
-    model, inputs,
+    model,          # a torch module in evaluation mode
+    inputs,         # images [B, C, H, W], token ids [B, N], or a mapping of arguments with pixel_values or input_ids
     scripted=False, # whether a scripted model will do, as it does where no rule has to see inside
 )->Inputs:
     "`inputs` as `Inputs`, or a clear error unless it is a batch that `model` can take as it is"
@@ -274,7 +286,10 @@ def read_inputs(
     if not text: _check_size(model, x)
     return Inputs(x, given, key)
 
-def check_images(model, images):
+def check_images(
+    model,  # a torch module
+    images, # as in `read_inputs`
+):
     "Raise a clear error unless `images` is a batch that `model` can take as it is"
     read_inputs(model, images)
 
@@ -338,7 +353,7 @@ def choose(
     target=None,  # None (predicted class), int, one class per image, or a function of the output
     of='logit',   # 'logit' or 'probability'
     last=None,    # [B] place of the last token, for language models
-):                # score [B], and the classes [B] or None
+)->tuple:         # score [B], and the classes [B] or None
     "The score to explain"
     if of not in ('logit', 'probability'): raise ValueError(f"unknown score {of!r}: choose 'logit' or 'probability'")
     if callable(target):
@@ -388,7 +403,7 @@ def _classes(output, target):
 def contrast(
     a, # the class: an integer, or one for each image [B]
     b, # the class that it might have been
-):     # a function of the output, to be given as `target`
+)->Callable: # of the output, to be given as `target`
     "Why `a` rather than `b`: the score of class `a` minus that of class `b`"
     if a is None or b is None: raise TypeError('contrast needs two classes, integers or one for each image')
     def target(output): return choose(output, a)[0] - choose(output, b)[0]

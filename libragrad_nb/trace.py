@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_axis', 'token_axes', 'placed', 'per_image', 'meet', 'overwrites', 'stages', 'Attended', 'reading', 'TokenTally',
-           'carried', 'instead', 'listen', 'bottlenecks', 'prefix_in_front', 'Question', 'Trace', 'start',
-           'as_function', 'trace', 'not_recomputed']
+           'listen', 'bottlenecks', 'Question', 'Trace', 'as_function', 'trace']
 
 # %% ../nbs/10_trace.ipynb #16e5a35e
 import math, threading
@@ -30,7 +29,7 @@ def token_axis(
     shape,       # of an operation's output, [B, ...]
     n,           # number of tokens
     before=None, # shape of the operation's input
-):
+)->int:
     "The axis that counts tokens, or None where there is none or it is not certain"
     fits = [axis for axis in range(1, len(shape)) if shape[axis] == n]
     if len(shape) < 3 or len(fits) != 1: return None
@@ -42,7 +41,7 @@ def token_axes(
     shape,       # of an operation's output
     state:State, # how the state in front of or behind it keeps its tokens
     before=None, # shape of the operation's input
-):
+)->tuple:
     "The axes that count the tokens of `state` (its patches, where there are two), or None where that is not certain"
     pairs = [(i, i + 1) for i in range(1, len(shape) - 1) if tuple(shape[i:i+2]) == state.grid]
     if state.order is None and state.grid[0] > 1 and len(pairs) == 1: return pairs[0]
@@ -53,10 +52,10 @@ def token_axes(
 # %% ../nbs/10_trace.ipynb #a4cc2e95
 def placed(
     part:torch.Tensor, # what a constant contributes, shaped like the operation's output
-    state:State,
-    batch:int,
+    state:State,       # how a state near it keeps its tokens
+    batch:int,         # images
     before=None,       # shape of the operation's input
-):                     # its tokens, and a `State` that says where they belong; or None
+)->tuple:              # its tokens, and a `State` that says where they belong; or None
     "The tokens [B, n] that the parts of a constant belong to"
     end_to_end = part.ndim == 2 and len(part) == batch*state.n  # [B*N, C]
     if end_to_end: return part.view(batch, state.n, -1).sum(-1), state
@@ -64,7 +63,10 @@ def placed(
     return axes and (state.tokens(part, axes), state if len(axes) == 1 else State(axes, state.grid))
 
 # %% ../nbs/10_trace.ipynb #64d7716b
-def per_image(part, batch):
+def per_image(
+    part:torch.Tensor, # shaped like an operation's output
+    batch:int,         # images
+)->torch.Tensor:
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
     if part.shape[0] != batch and (part.shape[0] % batch or batch in part.shape[1:]): raise NotImplementedError(
@@ -74,7 +76,7 @@ def per_image(part, batch):
 
 # %% ../nbs/10_trace.ipynb #65c4825d
 def meet(
-    h:torch.Tensor,
+    h:torch.Tensor, # a state of a running forward pass, of any shape
     note,           # called with the gradient of `h` as it is now
 )->torch.Tensor:    # what to go on with: `h`, or its twin
     "Listen to the gradient of `h`, whatever is done to it afterwards"
@@ -82,7 +84,11 @@ def meet(
     return swap_backward(h, h) if h._is_view() else h
 
 # %% ../nbs/10_trace.ipynb #d9d99559
-def overwrites(op, args, kwargs):
+def overwrites(
+    op,     # a torch function
+    args,   # its arguments, a tuple
+    kwargs, # and those with names, a dictionary
+)->bool:
     "Whether an operation may write into one of its arguments"
     name = op.__name__
     by_name = name == '__setitem__' or name.startswith('__i') or (name.endswith('_') and not name.endswith('__'))
@@ -138,7 +144,9 @@ class _States(Tally):
             self.terms[term][k] += put(tokens)
 
 # %% ../nbs/10_trace.ipynb #92c4676e
-def stages(nodes)->dict:
+def stages(
+    nodes, # of autograd's graph, as `tensor.grad_fn`, in the order of the forward pass
+)->dict:
     "For every node behind one of `nodes`, by its number: the first of them that it is behind"
     found = {}
     for stage, node in enumerate(nodes):
@@ -175,15 +183,22 @@ class Attended:
     block:int             # among all whose input was met
     context:object=None   # what the reader's own watcher noted in the forward pass
 
-def reading(gradient)->torch.Tensor:
-    "Tokens that the score reads, equal shares [B, n], from the gradient [B, H, n, n] at the last attention"
+def reading(
+    gradient:torch.Tensor, # [B, H, n, n] of the score at the weights of the last attention
+)->torch.Tensor:           # [B, n], equal shares that add up to 1
+    "Tokens that the score reads"
     reads = gradient.abs().sum((1, 3)) > 0
     return reads.to(gradient)/reads.sum(-1, keepdim=True).clamp_min(1)
 
 # %% ../nbs/10_trace.ipynb #68008e7b
 class _Attention(_Constants):
     "What readers make of the attention of every block"
-    def __init__(self, batch:int, plan:Layout, terms=(), real=None):
+    def __init__(self,
+        batch:int,   # images
+        plan:Layout, # where the model keeps its tokens
+        terms=(),    # what else to note, see `trace`
+        real=None,   # which tokens are no padding [B, N]; None: all
+    ):
         super().__init__(batch, plan, [t for t in terms if not hasattr(t, 'read')], real)
         self.readers = [t for t in terms if hasattr(t, 'read')]
         self.contexts = {t: t.watcher() for t in self.readers if hasattr(t, 'watcher')}
@@ -266,7 +281,9 @@ def instead(args, kwargs, k, h):
 
 # %% ../nbs/10_trace.ipynb #ad70c271
 @contextmanager
-def listen(tally:TokenTally):
+def listen(
+    tally:TokenTally, # new, for a model whose blocks are `tally.plan.stages`
+):
     "Let `tally` meet the token states while the model runs in this thread"
     def hook(module, args, kwargs):
         if threading.get_ident() != tally.thread: return None
@@ -383,9 +400,9 @@ def start(model, data, instead=None):
 
 # %% ../nbs/10_trace.ipynb #bc791de8
 def as_function(
-    model,
+    model,  # a torch module in evaluation mode
     images, # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-):          # a function, and the tensor to call it with: images [B, C, H, W] or embedded tokens [B, N, C]
+)->tuple:   # a function, and the tensor to call it with: images [B, C, H, W] or embedded tokens [B, N, C]
     "The model as a function of what is explained"
     data = read_inputs(model, images)
     if not data.text: return lambda x: data.call(model, x), data.x
@@ -397,7 +414,7 @@ def as_function(
 
 # %% ../nbs/10_trace.ipynb #3daf4ac9
 def trace(
-    model,
+    model,               # a torch module in evaluation mode; it is not changed
     images,              # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
     target=None,         # see `choose`; a list asks for several targets of the same forward pass
     rules='libra',       # name of a rule set, or a set of rules

@@ -34,13 +34,9 @@ def size():
     print(f'{total} lines of at most {MOST_LINES}:', ', '.join(f'{k} {v}' for k,v in count.items()))
     return total<=MOST_LINES
 
-def sidebar():
-    "the sidebar in _quarto.yml lists every notebook"
-    listed = set(re.findall(r'^\s*- (\S+\.ipynb)$', (ROOT/'_quarto.yml').read_text(encoding='utf-8'), re.M))
-    there = {p.relative_to(ROOT/'nbs').as_posix() for p in notebooks()}
-    if there-listed: print('missing in _quarto.yml:', *sorted(there-listed))
-    if listed-there: print('listed, but not in nbs/:', *sorted(listed-there))
-    return listed==there
+def site():
+    "the pages of the site are built, and links, titles, descriptions, outputs, sizes and the sidebar in _quarto.yml are right"
+    return run(sys.executable, '-W', 'ignore', 'tools/site.py', '--check', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 def readme():
     "README.md is what nbs/index.ipynb gives"
@@ -70,7 +66,7 @@ def pytest():
     return run(sys.executable, '-m', 'pytest', 'tests', '-q', '-n', 'auto', '--maxprocesses', '4', '--dist', 'loadfile', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 def main():
-    checks,failed = [exported, size, sidebar, readme, colab, still, executed, pytest],[]
+    checks,failed = [exported, size, readme, colab, still, site, executed, pytest],[]
     for f in checks:
         print(f'\n== {f.__name__}: {f.__doc__}', flush=True)
         if not f(): failed.append(f)
