@@ -217,8 +217,9 @@ def _own_options(found, options):
 def _lost(t:Trace):
     "Largest share of the attribution that has no owner, of all blocks and images"
     def share(block):
-        here = t.pixels.flatten(1) if block is None else t.input_x_gradient[block]
-        return (t.completeness_error(block).abs()/torch.maximum(t.score.abs(), here.abs().sum(-1))).max().item()
+        here = (t.pixels.flatten(1) if block is None else t.input_x_gradient[block]).abs().sum(-1)
+        lost = (t.completeness_error(block).abs()/torch.maximum(t.score.abs(), here))[here != 0]  # a map that is 0 has a warning of its own
+        return lost.max().item() if len(lost) else 0.
     return max(map(share, range(len(t.grids)) if t.grids else [None]))
 
 def _leak(model, images, target, rules):

@@ -171,3 +171,11 @@ def test_tokens_behind_the_patches_are_no_prefix():
     t = accounts(model, x, target=lambda o: o.logits[:, 0, 1])
     assert t.grid is None
     assert explain(model, x, target=lambda o: o.logits[:, 0, 1]).map.shape == (1, 48, 64)
+
+
+def test_a_score_that_depends_on_nothing_is_no_leak():
+    "A head of zeros, as timm makes some: one warning that says so, and no share of 0/0"
+    model = timm.create_model('vit_tiny_patch16_224', **VIT, img_size=32, num_classes=3).eval()
+    nn.init.zeros_(model.head.weight); nn.init.zeros_(model.head.bias)
+    with pytest.warns(UserWarning) as said: explain(model, torch.randn(2, 3, 32, 32), target=1)
+    assert len(said) == 1 and 'zero everywhere' in str(said[0].message)
