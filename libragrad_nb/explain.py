@@ -159,7 +159,7 @@ def attribute(
     t:Trace,    # which noted what the method reads
     method:str, # a name in `methods`
     **options,  # of the method
-)->Attribution:
+)->Attribution: # of all scores of the trace
     "The map of one method from a trace: draw many from one pass"
     m, at = find_method(method)
     placed, rest = t.constants_from(None if m.pixels else 0)
