@@ -1,5 +1,7 @@
 "The API reference: markdown of every public name, from the documentation that nbdev shows on the pages and from the modules themselves"
 import ast, importlib, inspect, re, textwrap
+from dataclasses import fields, is_dataclass
+from fastcore.docments import docments
 
 def told(node):
     "The text of a message in the code, with … for what is filled in"
@@ -25,10 +27,17 @@ def methods_of(o):
         if name.startswith('_') or not callable(f) or not (doc := inspect.getdoc(f)): continue
         yield f'`.{name}' + ('' if isinstance(m, property) else f'({", ".join(p for p in inspect.signature(f).parameters if p not in ("self", "cls"))})') + f'`: {plain(doc.splitlines()[0])}'
 
+def fields_of(o):
+    "Fields of a dataclass with what is said of them, also by its bases"
+    if not (inspect.isclass(o) and is_dataclass(o)): return
+    said = {}
+    for c in reversed(o.__mro__[:-1]): said |= {k: d['docment'] for k, d in docments(c, full=True).items() if d.get('docment')}
+    for f in fields(o): yield f'`{f.name}`' + (f': {plain(said[f.name])}' if f.name in said else '')
+
 def entry(name, o, place, shown, link, method):
     shown = re.sub(r'(?m)^### .*\n', '', shown).removeprefix('---').strip()
     lines = [f'### {name} {{#{place}.{name}}}', shown, f'Made and explained [here]({link}).']
-    if found := list(methods_of(o)): lines.append('\n'.join(f'- {l}' for l in found))
+    if found := [*fields_of(o), *methods_of(o)]: lines.append('\n'.join(f'- {l}' for l in found))
     if method: lines.append(f'*{plain(method.paper)}* · $\\displaystyle {method.formula}$' + (f' · in {plain(method.unit)}' if method.unit else ''))
     if found := errors(o): lines.append('\n'.join(['Raises', '', *(f'- `{kind}`: {plain(text)}' for kind, text in found)]))
     return '\n\n'.join(lines)

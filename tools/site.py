@@ -1,7 +1,7 @@
 """The pages of the site, for Quarto and without it.
 
 site.py --check        what is wrong with the pages
-site.py --preview OUT  a plain version of the site in OUT, by pandoc: to read and to test where there is no Quarto
+site.py --preview OUT [PAGE...]  a plain version of the site in OUT, by pandoc: to read and to test where there is no Quarto
 site.py --quarto       the pages in _proc/, for Quarto to render (`make docs`)
 site.py --built DIR    what is wrong with links and sizes of the site that Quarto made
 
@@ -46,7 +46,7 @@ class Page:
     @cached_property
     def html(self):
         "Parsed HTML, and what pandoc complained about"
-        p = subprocess.run([pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none'], input=self.text, capture_output=True, text=True, encoding='utf-8')
+        p = subprocess.run([pypandoc.get_pandoc_path(), '-f', 'markdown-implicit_figures', '-t', 'html5', '--mathml', '--wrap=none'], input=self.text, capture_output=True, text=True, encoding='utf-8')
         return BeautifulSoup(p.stdout, 'html.parser'), p.stderr.strip()
 
     @cached_property
@@ -264,9 +264,12 @@ def main():
     if '--built' in sys.argv:
         if found := list(wrong_built(Path(sys.argv[-1]).resolve())): sys.exit('\n'.join(found))
         return
+    out, *paths = sys.argv[2:] or [None]
     with tempfile.TemporaryDirectory() as folder:
-        site = Site(Path(folder))
-        if '--preview' in sys.argv: print(f'{site.preview(Path(sys.argv[-1]))} pages: open {sys.argv[-1]}/index.html')
+        site = Site(Path(folder), paths)
+        if '--preview' in sys.argv:
+            print(f'{site.preview(Path(out))} pages: open {out}/index.html')
+            if site.failed: sys.exit('\n'.join(f'{k}: {v[0]}' for k,v in site.failed.items()))
         elif found := site.complaints(): sys.exit('\n'.join(f'{k}\n  ' + '\n  '.join(w) for k,w in found.items()))
 
 if __name__=='__main__': main()
