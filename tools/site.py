@@ -134,6 +134,7 @@ class Site:
                 continue
             of = [p for p in pages.values() if self.sections[p.path].lower().replace(' ', '-') == Path(path).stem and p.module]
             front = dict(title=f'API: {self.sections[of[0].path]}', description='Every public name: ' + ', '.join(p.module for p in of))
+            front['repo-actions'] = False  # there is no such file to show
             text = '\n\n'.join(api.module(p.module, p.front['title'], p.front.get('description', ''), f'../{p.out}', p.shown, p.paper) for p in of)
             text = re.sub(r'\]\((?!\w+:|\.\./|#)', '](../', text)
             self.pages[path] = Page(path, front, text)
