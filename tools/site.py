@@ -169,7 +169,11 @@ class Site:
         if not page.front.get('title'): yield 'has no title'
         if not (d := page.front.get('description')): yield 'has no description: put a line "> what it is" under its title'
         elif len(str(d)) > 200 and page.cells: yield f'its description has {len(str(d))} characters'
-        if page.cells: yield from wrong_outputs(read_nb(NBS/page.path))
+        if page.cells:
+            nb = read_nb(NBS/page.path)
+            yield from wrong_outputs(nb)
+            first = next(c.source for c in nb.cells if c.cell_type == 'markdown')
+            if len([l for l in first.splitlines() if l.strip()]) > 2: yield 'says more in the cell of its title than the title and one line after ">": nbdev drops the rest, so put it in a cell of its own'
         if complaint := page.html[1]: yield f'pandoc: {complaint}'
         for t in page.html[0].find_all(string=re.compile(r'^\s*:::|\$\$')):
             if not t.find_parent(['code', 'pre', 'script', 'style', 'annotation']): yield f'markdown that pandoc does not understand: {t.strip()[:80]}'
