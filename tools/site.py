@@ -23,7 +23,7 @@ import api
 ROOT = Path(__file__).resolve().parents[1]
 NBS, MOST = ROOT/'nbs', 1_000_000  # bytes of a page with its pictures
 SHOWN = 'text/html text/markdown image/svg+xml image/png image/jpeg text/plain'.split()  # what Quarto shows, best first
-FOREIGN = re.compile(r'(?<![\w.:/])(?:/home/|/root/|/work/|/Users/|/tmp/|/private/|[A-Z]:\\)[\w.\\/-]+')
+FOREIGN = re.compile(rf'(?<![\w.:/])(?:/(?:home|root|Users|tmp|private|mnt|srv|{re.escape(ROOT.parts[1])})/|[A-Z]:\\)[\w.\\/-]+')
 
 def sidebar():
     "The pages in reading order: {path in nbs/: section}"
