@@ -26,11 +26,12 @@ SHOWN = 'text/html text/markdown image/svg+xml image/png image/jpeg text/plain'.
 FOREIGN = re.compile(rf'(?<![\w.:/])(?:/(?:home|root|Users|tmp|private|mnt|srv|{re.escape(ROOT.parts[1])})/|[A-Z]:\\)[\w.\\/-]+')
 
 def sidebar():
-    "The pages in reading order: {path in nbs/: section}"
+    "The pages in reading order: {path in nbs/: (section, text or None)}"
     found = {}
     def walk(items, section):
         for o in items:
-            if isinstance(o, str): found[o] = section
+            if isinstance(o, str): found[o] = section, None
+            elif 'href' in o: found[o['href']] = section, o['text']
             else: walk(o['contents'], o['section'])
     walk(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents'], '')
     return found
@@ -115,7 +116,8 @@ class NotebookPage(Page):
 class Site:
     "All pages, or those asked for, processed into a folder"
     def __init__(self, folder, paths=None):
-        self.cfg, self.sections = get_config(path=ROOT), sidebar()
+        self.cfg, listed = get_config(path=ROOT), sidebar()
+        self.sections, self.texts = ({k: v[i] for k,v in listed.items()} for i in (0, 1))
         self.home, self.pages, self.failed = f'{self.cfg.doc_host}{self.cfg.doc_baseurl}/', {}, {}
         for path in [p for p in paths or self.sections if p.endswith('.ipynb')]:
             try: self.pages[path] = NotebookPage(path, folder, self.home)
@@ -211,7 +213,7 @@ class Site:
         lines, section = [], ''
         for path, page in self.pages.items():
             if self.sections[path] != section: lines.append(f'<b>{(section := self.sections[path])}</b>')
-            lines.append(f'<a{" class=here" if page is here else ""} href="{up}{page.out}">{html.escape(str(page.front["title"]))}</a>')
+            lines.append(f'<a{" class=here" if page is here else ""} href="{up}{page.out}">{html.escape(self.texts[path] or str(page.front["title"]))}</a>')
         return ''.join(lines)
 
 def wrong_outputs(nb):
