@@ -163,7 +163,7 @@ def completeness_error(
     v=None,        # weights of the outputs, shaped like f(x); random where not given
     rules='libra', # name of a rule set, or a dictionary of rules
 )->float:          # the share of the output that has no owner, signed; 0 for FG-complete
-    "What gradient times input and the constants leave unexplained of <v, f(x)>, relative to sum |v*f(x)|"
+    "What gradient times input and the constants leave unexplained of `<v, f(x)>`, relative to `sum |v*f(x)|`"
     x, tally = x.detach().requires_grad_(), Tally()
     with libra(f, rules, tally): y = f(x)
     v = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)).to(y)*y.sign() if v is None else v.to(y)
