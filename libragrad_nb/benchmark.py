@@ -128,7 +128,7 @@ def measure(
     options:dict=OPTIONS, # of methods, by name
     fractions=FRACTIONS,  # of the patches that are removed
     chunk:int=64,         # rows in a forward pass while patches are removed
-)->pd.DataFrame:          # a row for every map of every question
+)->pd.DataFrame:          # a row for every map of every question: picture, target, method, rules, and its marks
     "What drew each map, and all its marks"
     drawn = {(n, r): a for r, names in runs.items() for n, a in draw(model, e, names, sets[r], options).items()}
     grid = next(a.map.shape[1:] for (n, _), a in drawn.items() if not find_method(n)[0].pixels)
