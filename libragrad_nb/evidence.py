@@ -33,7 +33,7 @@ def interval(
     return values.mean(-1), found.low, found.high
 
 # %% ../nbs/21a_evidence.ipynb #effccd08
-CELL = ['model', 'set', 'method', 'rules']
+CELL = ['model', 'set', 'method', 'rules'] # of whom a mean is taken
 
 def per_picture(
     table:pd.DataFrame, # from `results`

@@ -32,7 +32,7 @@ def about(method):
     "Name, paper, formula and unit of a registered method"
     options = ', '.join(f'{k}={v!r}' for k, v in method.preset)
     facts = [f'`{method.name}`' + f' (`{options}`)'*bool(options), f'*{plain(method.paper)}*', f'$\\displaystyle {method.formula}$',
-             f'in units of the {plain(method.unit)}' if method.unit else 'a ranking: its size has no unit', f'rules `{method.rules}` unless named']
+             f'in units of the {plain(method.unit)}' if method.unit else 'no unit: it ranks', f'rules `{method.rules}` unless named']
     return '- ' + ' · '.join(facts)
 
 def entry(name, o, place, shown, link, registered):
@@ -58,9 +58,10 @@ def value(name, o, module):
     "What a constant is: its keys or its value, and the comment beside it"
     said = re.search(rf'(?m)^{name} *=[^#\n]*# (.*)$', inspect.getsource(module))
     if not isinstance(o, (dict, tuple, list)): what = f'{o:_}' if isinstance(o, int) else ''
+    elif isinstance(o, dict) and 0 < len(o) < 10 and all(isinstance(v, (str, int, float)) for v in o.values()): what = ', '.join(f'`{k}` {plain(str(v))}' for k, v in o.items())
     elif 0 < len(o) <= 50: what = ', '.join(f'`{getattr(k, "__name__", k)}`' for k in o)
     else: what = f'{len(o)} entries'
-    return f'- `{name}` ({type(o).__name__}{", " + plain(said[1]) if said else ""})' + f': {what}'*bool(what)
+    return f'- `{name}` ({type(o).__name__}{", " + plain(said[1]).replace(chr(92) + "`", "`") if said else ""})' + f': {what}'*bool(what)
 
 def module(name, title, about, page, shown, paper):
     "The part of the reference about one module"
