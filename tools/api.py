@@ -48,10 +48,24 @@ def entry(name, o, place, shown, link, registered):
 SYMBOLS = """In the formulas $i$ is one of $L$ blocks, $t$, $s$, $p$ tokens, $c$ a channel, $h$ a head; $h_i$ what goes into block $i$ and $G_i$ the gradient of the score there,
 $a_i = \\sum_c h_i G_i$; $\\beta_j$ what the constants added in block $j$ contribute; $A_i$ the attention, $\\nabla A_i$ its gradient, $\\bar A_i$ its mean over the heads."""
 
-def overview(known, places):
+MAPS = 'gradient_maps attention_maps path_maps decompositions patching black_box'.split()  # the modules that register methods
+
+def places():
+    "Every registered method, by the place of its function"
+    found = {}
+    for n in MAPS:
+        m = importlib.import_module(f'libragrad_nb.{n}')
+        public = {getattr(m, k): f'{n}.{k}' for k in m.__all__ if inspect.isfunction(getattr(m, k))}
+        for method in m.method.__globals__['methods'].values():
+            if method.f in public: found.setdefault(public[method.f], []).append(method)
+    return found
+
+METHODS = places()  # now: the pages, when they are processed, register their own functions by the same names
+
+def overview():
     "A table of all registered methods"
-    rows = [f'| [`{n}`](#{places[m.f]}) | {plain(m.paper)} | {m.unit or "none"} | {"pixels" if m.pixels else "tokens"} | {"yes" if m.attention else ""} | {"yes" if m.runs else ""} | `{m.rules}` |'
-            for n, m in known.items() if m.f in places]
+    rows = [f'| [`{m.name}`](#{place}) | {plain(m.paper)} | {m.unit or "none"} | {"pixels" if m.pixels else "tokens"} | {"yes" if m.attention else ""} | {"yes" if m.runs else ""} | `{m.rules}` |'
+            for place, found in METHODS.items() for m in found]
     return '\n'.join(['| name | proposed by | unit | of | needs attention | runs the model itself | rules, if none are named |', '|'+'---|'*7, *rows])
 
 def value(name, o, module):
@@ -66,17 +80,12 @@ def value(name, o, module):
 def module(name, title, about, page, shown, paper):
     "The part of the reference about one module"
     m = importlib.import_module(f'libragrad_nb.{name}')
-    known = importlib.import_module('libragrad_nb.gradient_maps').methods
     public = {k: getattr(m, k) for k in m.__all__}
     made = {k: show_doc(o)._repr_markdown_() for k, o in public.items() if k not in shown and inspect.isfunction(o)} # by a function, so that no page shows them
-    shown, registered = {**shown, **made}, lambda o: [method for method in known.values() if method.f is o]
+    shown, registered = {**shown, **made}, {k: METHODS.get(f'{name}.{k}', []) for k in public}
     head = [f'## {name} {{#module-{name}}}', f'`libragrad_nb.{name}`, from [{title}]({page}). {about}', *([paper] if paper else [])]
-    if any(map(registered, public.values())): head.append(SYMBOLS)
-    found = [entry(k, public[k], name, shown[k], page + f'#{k.lower()}'*(k not in made), registered(public[k])) for k in public if k in shown]
+    if any(registered.values()): head.append(SYMBOLS)
+    found = [entry(k, public[k], name, shown[k], page + f'#{k.lower()}'*(k not in made), registered[k]) for k in public if k in shown]
     if others := [k for k in public if k not in shown]: found.append('\n'.join(['### Constants', '', *(value(k, public[k], m) for k in others)]))
-    if name == 'gradient_maps':
-        places = {o: f'{n}.{k}' for n in MAPS for k, o in vars(importlib.import_module(f'libragrad_nb.{n}')).items() if k in importlib.import_module(f'libragrad_nb.{n}').__all__ and inspect.isfunction(o)}
-        head.append('All that `explain` draws by name (`methods`):\n\n' + overview(known, places))
+    if name == MAPS[0]: head.append('All that `explain` draws by name (`methods`):\n\n' + overview())
     return '\n\n'.join(head + found)
-
-MAPS = 'gradient_maps attention_maps path_maps decompositions patching black_box'.split()  # the modules that register methods
