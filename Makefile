@@ -39,7 +39,7 @@ docs: .venv/.done need-quarto ## render the documentation to _docs/ (needs Quart
 	@echo "open _docs/index.html"
 
 need-quarto:
-	@PATH="$(CURDIR)/$(BIN):$$PATH" command -v quarto >/dev/null || { echo "make docs needs Quarto. Either: $(BIN)/pip install quarto-cli, or see https://quarto.org/docs/get-started/ (make preview shows the pages without it)"; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" command -v quarto >/dev/null || { echo "make docs needs Quarto 1.9 or newer. Either: $(BIN)/pip install quarto-cli, or see https://quarto.org/docs/get-started/ (make preview shows the pages without it)"; exit 1; }
 
 preview: .venv/.done ## the pages of the documentation without Quarto, plainer, to _preview/
 	$(BIN)/python -W ignore tools/site.py --preview _preview

@@ -192,6 +192,15 @@ def test_every_panel_answers(notebook):
         notebook.picture(f'panel-{k}')
     notebook.fine()
 
+@of('30_vit')
+def test_figures_with_controls_work_in_a_notebook_too(notebook):
+    figure = notebook.page.locator('libra-frames').first
+    figure.scroll_into_view_if_needed(timeout=30_000)
+    before = figure.locator('img').get_attribute('src')
+    figure.locator('input').first.click()
+    assert figure.locator('img').get_attribute('src') != before
+    notebook.fine()
+
 def rules(p):
     assert p.lost < .001 and '✓' in p.verdict
     with p.changes(): p.check('rule_layernorm')

@@ -14,7 +14,7 @@ PAGES = sorted(p.relative_to(ROOT/'nbs').as_posix() for p in (ROOT/'nbs').rglob(
 def site(request, tmp_path_factory):
     if given := request.config.getoption('--site'): return Path(given).resolve()
     out = tmp_path_factory.mktemp('site')
-    subprocess.run([sys.executable, '-W', 'ignore', ROOT/'tools/site.py', '--preview', out], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, '-W', 'ignore', ROOT/'tools/site.py', '--preview', out, *PAGES], check=True, cwd=ROOT)
     return out
 
 def address(site, path):

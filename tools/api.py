@@ -1,5 +1,6 @@
 "The API reference: markdown of every public name, from the documentation that nbdev shows on the pages and from the modules themselves"
 import ast, importlib, inspect, re, textwrap
+from dataclasses import fields, is_dataclass
 from fastcore.docments import docments
 from nbdev.showdoc import show_doc
 
@@ -28,6 +29,13 @@ def methods_of(o):
         if name.startswith('_') or not callable(f) or not (doc := inspect.cleandoc(f.__doc__ or '')): continue
         yield f'`.{name}' + ('' if isinstance(m, property) else f'({", ".join(p for p in inspect.signature(f).parameters if p not in ("self", "cls"))})') + f'`: {plain(doc.splitlines()[0])}'
 
+def fields_of(o):
+    "Fields of a dataclass with what is said of them, also by its bases"
+    if not (inspect.isclass(o) and is_dataclass(o)): return
+    said = {}
+    for c in reversed(o.__mro__[:-1]): said |= {k: d['docment'] for k, d in docments(c, full=True).items() if d.get('docment')}
+    for f in fields(o): yield f'`{f.name}`' + (f': {plain(said[f.name])}' if f.name in said else '')
+
 def about(method):
     "Name, paper, formula and unit of a registered method"
     options = ', '.join(f'{k}={v!r}' for k, v in method.preset)
@@ -40,7 +48,7 @@ def entry(name, o, place, shown, link, registered):
     lines = [f'### {name} {{#{place}.{name}}}', shown, f'Made and explained [here]({link}).']
     if inspect.isfunction(o) and '**' in str(inspect.signature(o)) and (more := docments(o, args_kwargs=True).get(k := list(inspect.signature(o).parameters)[-1])):
         lines.append(f'`**{k}`: {more}')
-    if found := list(methods_of(o)): lines.append('\n'.join(f'- {l}' for l in found))
+    if found := [*fields_of(o), *methods_of(o)]: lines.append('\n'.join(f'- {l}' for l in found))
     if registered: lines.append('\n'.join(['In `methods`:', '', *map(about, registered)]))
     if found := errors(o): lines.append('\n'.join(['Raises', '', *(f'- `{kind}`: {plain(text)}' for kind, text in found)]))
     return '\n\n'.join(lines)

@@ -1,7 +1,7 @@
 """The pages of the site, for Quarto and without it.
 
 site.py --check        what is wrong with the pages
-site.py --preview OUT  a plain version of the site in OUT, by pandoc: to read and to test where there is no Quarto
+site.py --preview OUT [PAGE...]  a plain version of the site in OUT, by pandoc: to read and to test where there is no Quarto
 site.py --quarto       the pages in _proc/, for Quarto to render (`make docs`)
 site.py --built DIR    what is wrong with links and sizes of the site that Quarto made
 
@@ -23,7 +23,7 @@ import api
 ROOT = Path(__file__).resolve().parents[1]
 NBS, MOST = ROOT/'nbs', 1_000_000  # bytes of a page with its pictures
 SHOWN = 'text/html text/markdown image/svg+xml image/png image/jpeg text/plain'.split()  # what Quarto shows, best first
-FOREIGN = re.compile(r'(?<![\w.:/])(?:/home/|/root/|/work/|/Users/|/tmp/|/private/|[A-Z]:\\)[\w.\\/-]+')
+FOREIGN = re.compile(rf'(?<![\w.:/])(?:/(?:home|root|Users|tmp|private|mnt|srv|{re.escape(ROOT.parts[1])})/|[A-Z]:\\)[\w.\\/-]+')
 
 def sidebar():
     "The pages in reading order: {path in nbs/: section}"
@@ -46,7 +46,7 @@ class Page:
     @cached_property
     def html(self):
         "Parsed HTML, and what pandoc complained about"
-        p = subprocess.run([pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none'], input=self.text, capture_output=True, text=True, encoding='utf-8')
+        p = subprocess.run([pypandoc.get_pandoc_path(), '-f', 'markdown-implicit_figures', '-t', 'html5', '--mathml', '--wrap=none'], input=self.text, capture_output=True, text=True, encoding='utf-8')
         return BeautifulSoup(p.stdout, 'html.parser'), p.stderr.strip()
 
     @cached_property
@@ -135,6 +135,7 @@ class Site:
                 continue
             of = [p for p in pages.values() if self.sections[p.path].lower().replace(' ', '-') == Path(path).stem and p.module]
             front = dict(title=f'API: {self.sections[of[0].path]}', description='Every public name: ' + ', '.join(p.module for p in of))
+            front['repo-actions'] = False  # there is no such file to show
             text = '\n\n'.join(api.module(p.module, p.front['title'], p.front.get('description', ''), f'../{p.out}', p.shown, p.paper) for p in of)
             text = re.sub(r'\]\((?!\w+:|\.\./|#)', '](../', text)
             self.pages[path] = Page(path, front, text)
@@ -169,7 +170,11 @@ class Site:
         if not page.front.get('title'): yield 'has no title'
         if not (d := page.front.get('description')): yield 'has no description: put a line "> what it is" under its title'
         elif len(str(d)) > 200 and page.cells: yield f'its description has {len(str(d))} characters'
-        if page.cells: yield from wrong_outputs(read_nb(NBS/page.path))
+        if page.cells:
+            nb = read_nb(NBS/page.path)
+            yield from wrong_outputs(nb)
+            first = next(c.source for c in nb.cells if c.cell_type == 'markdown')
+            if len([l for l in first.splitlines() if l.strip()]) > 2: yield 'says more in the cell of its title than the title and one line after ">": nbdev drops the rest, so put it in a cell of its own'
         if complaint := page.html[1]: yield f'pandoc: {complaint}'
         for t in page.html[0].find_all(string=re.compile(r'^\s*:::|\$\$')):
             if not t.find_parent(['code', 'pre', 'script', 'style', 'annotation']): yield f'markdown that pandoc does not understand: {t.strip()[:80]}'
@@ -265,9 +270,12 @@ def main():
     if '--built' in sys.argv:
         if found := list(wrong_built(Path(sys.argv[-1]).resolve())): sys.exit('\n'.join(found))
         return
+    out, *paths = sys.argv[2:] or [None]
     with tempfile.TemporaryDirectory() as folder:
-        site = Site(Path(folder))
-        if '--preview' in sys.argv: print(f'{site.preview(Path(sys.argv[-1]))} pages: open {sys.argv[-1]}/index.html')
+        site = Site(Path(folder), paths)
+        if '--preview' in sys.argv:
+            print(f'{site.preview(Path(out))} pages: open {out}/index.html')
+            if site.failed: sys.exit('\n'.join(f'{k}: {v[0]}' for k,v in site.failed.items()))
         elif found := site.complaints(): sys.exit('\n'.join(f'{k}\n  ' + '\n  '.join(w) for k,w in found.items()))
 
 if __name__=='__main__': main()
