@@ -45,7 +45,7 @@ def mean_weights_x_gradient(here:Attended): # the attention of one block
     return here.weights.mean(1, keepdim=True)*here.gradient
 
 # %% ../nbs/12_attention_maps.ipynb #0ce48b9e
-SIGNS = dict(signed=lambda m: m, positive=torch.relu, absolute=torch.abs)
+SIGNS = dict(signed=lambda m: m, positive=torch.relu, absolute=torch.abs) # what is kept of a matrix before the mean over heads
 
 def which_row(
     row,          # None: what the score reads; 'class' (token 0), 'mean' (of the patches), 'all' (of all tokens), or the number of a token
@@ -90,7 +90,7 @@ def _reads(
         block=block, # which; 'plus': the sum over all, 'skip_plus': over the deeper half
         sign=sign,   # 'signed', 'positive' or 'absolute', before the mean over heads
         row=None,    # see `which_row`
-    ):               # tokens [B, N], and nothing unplaced
+    )->tuple:        # tokens [B, N], and nothing unplaced
         return t.term(Read(of, sign, row))[block], nothing(t)
     read.__doc__, read.__name__ = doc, name
     method(name, paper, formula, terms=lambda sign, row: [Read(of, sign, row)], attention=True, unit='')(read)

@@ -31,7 +31,7 @@ METHODS = ('input_x_gradient', 'pixel_x_gradient', 'fullgrad', 'fullgrad_plus', 
            'gradient_norm', 'raw_attention', 'attention_rollout', 'attention_gradient', 'attention_x_gradient', 'mean_attention_x_gradient', 'grad_sam', 'attn_cam',
            'gen_att', 'att_cat', 'token_tm', 'legrad', 'integrated_gradients', 'smooth_grad', 'caap')
 ABLATED = ('input_x_gradient', 'fullgrad_plus')
-OPTIONS = dict(integrated_gradients=dict(steps=20), smooth_grad=dict(samples=10))
+OPTIONS = dict(integrated_gradients=dict(steps=20), smooth_grad=dict(samples=10)) # fewer than the methods take by themselves
 FRACTIONS = (0, .2, .4, .6, .8)  # shares of the patches that are removed; the metrics page takes steps of .1
 
 # %% ../nbs/21_benchmark.ipynb #957f6e7a
@@ -128,7 +128,7 @@ def measure(
     options:dict=OPTIONS, # of methods, by name
     fractions=FRACTIONS,  # of the patches that are removed
     chunk:int=64,         # rows in a forward pass while patches are removed
-)->pd.DataFrame:          # a row for every map of every question
+)->pd.DataFrame:          # a row for every map of every question: picture, target, method, rules, and its marks
     "What drew each map, and all its marks"
     drawn = {(n, r): a for r, names in runs.items() for n, a in draw(model, e, names, sets[r], options).items()}
     grid = next(a.map.shape[1:] for (n, _), a in drawn.items() if not find_method(n)[0].pixels)

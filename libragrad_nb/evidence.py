@@ -16,7 +16,7 @@ from scipy.stats import bootstrap
 # %% ../nbs/21a_evidence.ipynb #9bde2900
 def results(
     path=None,   # of a results.parquet; None: the file that comes with the package
-)->pd.DataFrame: # a row for each map
+)->pd.DataFrame: # a row for each map: model, set, picture, target, method, rules, and its marks, as `measure` of the benchmark names them
     "The rows that the benchmark wrote: the file that comes with the package, or another"
     return pd.read_parquet(path or str(files('libragrad_nb')/'data/benchmark.parquet'))
 
@@ -33,7 +33,7 @@ def interval(
     return values.mean(-1), found.low, found.high
 
 # %% ../nbs/21a_evidence.ipynb #effccd08
-CELL = ['model', 'set', 'method', 'rules']
+CELL = ['model', 'set', 'method', 'rules'] # of whom a mean is taken
 
 def per_picture(
     table:pd.DataFrame, # from `results`

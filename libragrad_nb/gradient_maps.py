@@ -20,7 +20,7 @@ import torch
 from .trace import Trace
 
 # %% ../nbs/11_gradient_maps.ipynb #e0cb5ef3
-methods = {}
+methods = {} # every `Method` that `explain` can draw, by its name
 
 @dataclass(frozen=True, eq=False)
 class Method:
@@ -100,7 +100,7 @@ def method(
     return register
 
 # %% ../nbs/11_gradient_maps.ipynb #568b3cad
-aliases = {'hirescam': 'input_x_gradient@-1', 'gradxinput': 'input_x_gradient', 'ixg': 'input_x_gradient'}
+aliases = {'hirescam': 'input_x_gradient@-1', 'gradxinput': 'input_x_gradient', 'ixg': 'input_x_gradient'} # other names of methods
 
 def _plain_name(name):
     "Letters and digits of a name, with + as 'plus' and x as it stands"

@@ -77,6 +77,7 @@ class NotebookPage(Page):
         def relink(text):
             parts = re.split(r'(?ms)(^```.*?^```$)', text)  # nbdev links names in code too, where a link is not read
             parts = [re.sub(r'(?m)^### .*<locals>\\?\.', '### ', t) for t in parts]
+            parts = [re.sub(r'(?m)^( {4}\w+(?::\w+)?=)\{<.*\}(?=[,)]| *#)', r'\1{…}', t) if t.startswith('```') else t for t in parts]  # a table of functions, with their addresses
             return ''.join(address.sub(r'\1', t) if t.startswith('```') else address.sub(near, t) for t in parts)
         for c in self.cells:
             if c.cell_type == 'markdown': c.source = relink(c.source)
