@@ -19,7 +19,9 @@ def errors(o):
     found = dict.fromkeys((ast.unparse(c.func), re.sub('(?:… ?)+', '… ', told(c.args[0])).strip()) for c in calls)
     return [(kind, text) for kind, text in found if text != '…']
 
-def plain(text): return re.sub(r'([\\*_<>\[\]$`])', r'\\\1', text)
+def plain(text):
+    "Markdown that shows this text; what stands in backticks stays code"
+    return ''.join(t if t.startswith('`') else re.sub(r'([\\*_<>\[\]$])', r'\\\1', t) for t in re.split(r'(`[^`]*`)', text))
 
 def methods_of(o):
     "Public methods and properties of a class, a line each"
@@ -83,7 +85,7 @@ def value(name, o, module):
     elif isinstance(o, dict) and 0 < len(o) < 10 and all(isinstance(v, (str, int, float)) for v in o.values()): what = ', '.join(f'`{k}` {plain(str(v))}' for k, v in o.items())
     elif 0 < len(o) <= 50: what = ', '.join(f'`{getattr(k, "__name__", k)}`' for k in o)
     else: what = f'{len(o)} entries'
-    return f'- `{name}` ({type(o).__name__}{", " + plain(said[1]).replace(chr(92) + "`", "`") if said else ""})' + f': {what}'*bool(what)
+    return f'- `{name}` ({type(o).__name__}{", " + plain(said[1]) if said else ""})' + f': {what}'*bool(what)
 
 def module(name, title, about, page, shown, paper):
     "The part of the reference about one module"
