@@ -218,7 +218,7 @@ class _SideBySide:
         self.stages, self.heads, self.thread = stages, heads, threading.get_ident()
         self.inputs, self.outputs, self.done = [], [], False
 
-    def before(self, module, args, kwargs):
+    def before(self, module, args, kwargs=None):  # as in `listen`
         if threading.get_ident() != self.thread or (k := carried(args, kwargs)) is None: return None
         h = args[0] if k == 0 else kwargs[k]
         if self.inputs: self.outputs.append(h)
@@ -270,11 +270,7 @@ def _scores(s, output, target, of, last, B, c):
 @method('legrad', 'Bousselham et al. 2024', r'\sum_i \mathrm{mean}_{h,t}\, \mathrm{ReLU}(\nabla_{A_i} f_i)[t, \cdot]',
         attention=True, unit='', runs=True)
 def legrad(
-    model,         # a torch module in evaluation mode
-    images,        # [B, C, H, W] as the model takes them
-    target=None,   # see `choose`
-    rules='libra', # name of a rule set, or a set of rules
-    of='logit',    # or 'probability'
+    model, images, target=None, rules='libra', of='logit', # as for `explain`
     head:str=None, # it is shown the 'mean' token of a block, as published, or all as the 'model' reads them; None: 'mean', unless it pools by attention
     last:int=None, # only so many of the last blocks; None: all
 )->tuple: # `Question`, tokens [B, N], unplaced [B]

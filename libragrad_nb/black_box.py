@@ -145,11 +145,7 @@ def _result(game, rules, maps, unplaced=None):
 @method('occlusion', runs=True, rules='plain', paper='Zeiler & Fergus 2014',
         formula=r'f(N) - f(N \setminus t)')
 def occlusion(
-    model,                # as for `explain`, with images
-    images,               # [B, C, H, W]
-    target,               # as for `explain`
-    rules,                # a name to report: no gradient is read
-    of,                   # 'logit' or 'probability'
+    model, images, target, rules, of, # as for `explain`, with images; no gradient is read, so `rules` is but a name
     window:int=1,         # side of the square that covers, in patches
     patches=None,         # (rows, columns); None: the grid of the model
     baseline=0.,          # what covers: a number, a colour [C, 1, 1] or images [B, C, H, W]
@@ -174,11 +170,7 @@ def _at_least(least, samples):
 @method('shapley_sampling', runs=True, rules='plain', paper='Castro et al. 2009',
         formula=r'\mathbb{E}_\pi[f(S_t^\pi \cup t) - f(S_t^\pi)]')
 def shapley_sampling(
-    model,                # as for `explain`, with images
-    images,               # [B, C, H, W]
-    target,               # as for `explain`
-    rules,                # a name to report: no gradient is read
-    of,                   # 'logit' or 'probability'
+    model, images, target, rules, of, # as for `explain`, with images; no gradient is read, so `rules` is but a name
     samples:int=10,       # orders of all patches
     patches=None,         # (rows, columns); None: the grid of the model
     baseline=0.,          # what covers: a number, a colour [C, 1, 1] or images [B, C, H, W]
@@ -197,11 +189,7 @@ def shapley_sampling(
 @method('kernel_shap', runs=True, rules='plain', paper='Lundberg & Lee 2017',
         formula=r'\arg\min_\phi \sum_S \pi(S) \left(f(S) - f(\varnothing) - \sum_{t \in S} \phi_t\right)^2')
 def kernel_shap(
-    model,                # as for `explain`, with images
-    images,               # [B, C, H, W]
-    target,               # as for `explain`
-    rules,                # a name to report: no gradient is read
-    of,                   # 'logit' or 'probability'
+    model, images, target, rules, of, # as for `explain`, with images; no gradient is read, so `rules` is but a name
     samples:int=1000,     # coalitions
     patches=None,         # (rows, columns); None: the grid of the model
     baseline=0.,          # what covers: a number, a colour [C, 1, 1] or images [B, C, H, W]
@@ -220,11 +208,7 @@ def kernel_shap(
 @method('lime', runs=True, rules='plain', paper='Ribeiro et al. 2016',
         formula=r'\arg\min_\phi \sum_S \pi(S) \left(f(S) - \phi_0 - \sum_{t \in S} \phi_t\right)^2 + \alpha \lVert\phi\rVert_1')
 def lime(
-    model,                # as for `explain`, with images
-    images,               # [B, C, H, W]
-    target,               # as for `explain`
-    rules,                # a name to report: no gradient is read
-    of,                   # 'logit' or 'probability'
+    model, images, target, rules, of, # as for `explain`, with images; no gradient is read, so `rules` is but a name
     samples:int=1000,     # coalitions
     alpha:float=.01,      # weight of the lasso's penalty
     patches=None,         # (rows, columns); None: the grid of the model

@@ -104,8 +104,8 @@ def _hook_modules(model, mode):
     for m in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(m, torch.jit.ScriptModule): warnings.warn('a part of the model is scripted: rules cannot see inside, and gradients may not add up')
         handler = mode.rules.get(type(m)) or mode.rules.get(f'{type(m).__module__}.{type(m).__qualname__}')
-        def balance(m, args, kwargs, out, handler=handler):
-            return handler(out, m, *args, **kwargs) if _here.mode is mode else None
+        def balance(m, args, *rest, handler=handler):  # (kwargs, out); another thread may see the hook half registered, without kwargs
+            return handler(rest[1], m, *args, **rest[0]) if _here.mode is mode else None
         if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
     return hooks
 

@@ -347,9 +347,10 @@ class _Stage:
 def meet_states(model, plan, tape):
     "The token states that `model` meets while it runs in this thread"
     found, thread = tape.states, threading.get_ident()
-    def before(module, args, kwargs):
+    def before(module, args, kwargs=None):  # as in `listen`
+        if threading.get_ident() != thread: return
         h = next((t for t in _tensors((args[:1], kwargs)) if id(t) in tape.known), None)
-        if threading.get_ident() != thread or h is None or len(h) != len(tape.root): return
+        if h is None or len(h) != len(tape.root): return
         if state := plan.state(h.shape, module, len(found)): found.append(_Stage(h, state, len(tape.calls)))
     def after(module, args, out):
         if threading.get_ident() != thread or not found: return
@@ -453,11 +454,7 @@ def _decomposed(run, i, batch_size, progress):
 @torch.inference_mode(False)
 @torch.no_grad()
 def decompx(
-    model,                # a torch module in evaluation mode
-    images,               # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-    target=None,          # see `choose`
-    rules='libra',        # no others
-    of='logit', *,        # or 'probability'
+    model, images, target=None, rules='libra', of='logit', *, # as for `explain`, with no `rules` but 'libra'
     block=0,              # where tokens are taken apart; earlier blocks are left alone. Or 'plus', 'skip_plus': the sum over blocks
     activation='secant',  # how parts go through an activation: 'secant' or 'taylor'
     batch_size:int=64,    # how many parts are carried at a time, over all images
@@ -557,11 +554,7 @@ def _by_blocks(measure, model, images, target, rules, of, row, combine, keep, no
 # %% ../nbs/14_decompositions.ipynb #7f36c484
 @method('globenc', 'Modarressi et al. 2022', r'\prod_i \lVert p_s^i \rVert_2, \quad \sum_s p_s = r + \mathrm{LN}_2(r)', unit='', runs=True)
 def globenc(
-    model,              # a torch module in evaluation mode
-    images,             # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-    target=None,        # see `choose`; the map does not depend on it
-    rules='libra',      # no others
-    of='logit', *,      # or 'probability'
+    model, images, target=None, rules='libra', of='logit', *, # as for `explain`, with no `rules` but 'libra'; the map does not depend on `target`
     row=None,           # whose row: 'class', 'mean' (of patches), a number; None: the tokens that the score is read from
     combine='rollout',  # or 'sum'
     keep:float=0.,      # an extra share of the residual in every block, as in attention rollout
@@ -574,11 +567,7 @@ def globenc(
 
 @method('alti', 'Ferrando et al. 2022', r'\prod_i \mathrm{relu}(\lVert o^i \rVert_1 - \lVert o^i - p_s^i \rVert_1)', unit='', runs=True)
 def alti(
-    model,              # a torch module in evaluation mode
-    images,             # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-    target=None,        # see `choose`; the map does not depend on it
-    rules='libra',      # no others
-    of='logit', *,      # or 'probability'
+    model, images, target=None, rules='libra', of='logit', *, # as for `explain`, with no `rules` but 'libra'; the map does not depend on `target`
     row=None,           # as in `globenc`
     combine='rollout',  # or 'sum'
     keep:float=0.,      # as in `globenc`

@@ -74,11 +74,7 @@ def _measured(target, of, score):
 @method('caap', 'Izadi et al. 2026', r'f(x_0;\; h_i[p] \leftarrow h_i^x[p],\; a \le i < b) - f(x_0)', runs=True, rules='plain')
 @torch.no_grad()
 def caap(
-    model,               # as for `explain`
-    images,              # [B, 3, H, W], token ids [B, N], or a dictionary of arguments
-    target=None,         # as for `explain`
-    rules='plain',       # a name to report: no gradient is read
-    of='logit',          # 'logit' or 'probability'; of classes it is `score` that counts
+    model, images, target=None, rules='plain', of='logit', # as for `explain`; no gradient is read, so `rules` is but a name, and of classes it is `score` that counts
     *,
     blocks=None,         # pair (a, b): held at the inputs of blocks a to b - 1; None: the middle third
     neutral='mean',      # 'mean' (zeros, the mean colour where images are normalised), an image, or token ids

@@ -89,11 +89,7 @@ def baseline_state(
 def _path(block):
     "Integrated Gradients at the input of a block, or of the model (None)"
     def integrated_gradients(
-        model,                       # a torch module in evaluation mode; it is not changed
-        images,                      # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-        target=None,                 # see `choose`
-        rules='plain',               # name of a rule set, or a set of rules
-        of='logit', *,               # or 'probability'
+        model, images, target=None, rules='plain', of='logit', *, # as for `explain`
         steps:int=50,                # gradients for each image
         baseline=0.,                 # where the path starts, see `baseline_state`
         integration:str='gauss_legendre',  # a name in `integrations`
@@ -124,11 +120,7 @@ integrated_gradients_pixels = method('integrated_gradients_pixels', pixels=True,
 @method('input_x_gradient_on_path', 'LibraGrad authors\' code for Integrated Gradients', r'\frac1n \sum_{k=1}^n \frac kn x \odot \nabla f(\tfrac kn x)',
         runs=True, rules='plain')
 def input_x_gradient_on_path(
-    model,              # a torch module in evaluation mode; it is not changed
-    images,             # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-    target=None,        # see `choose`
-    rules='plain',      # name of a rule set, or a set of rules
-    of='logit', *,      # or 'probability'
+    model, images, target=None, rules='plain', of='logit', *, # as for `explain`
     steps:int=50,       # gradients for each image
     batch_size:int=32,  # steps x images that go through the model at once
     progress:bool=True, # show a bar where there is more than one step
@@ -157,11 +149,7 @@ def shaken(
 def _smooth(block, norm=False, rules='libra', noise=.02):
     "SmoothGrad at the input of a block, or of the model (None)"
     def smooth_grad(
-        model,              # a torch module in evaluation mode; it is not changed
-        images,             # [B, C, H, W] as the model takes them, token ids [B, N], or a dictionary of arguments
-        target=None,        # see `choose`
-        rules=rules,        # name of a rule set, or a set of rules
-        of='logit', *,      # or 'probability'
+        model, images, target=None, rules=rules, of='logit', *, # as for `explain`
         samples:int=50,     # gradients for each image
         noise:float=noise,  # standard deviation, as a share of the range of values of each image
         seed:int=0,         # the same seed gives the same noise

@@ -28,7 +28,7 @@ def in_front(
 ):
     "Let `see` look at the arguments of the n-th call of each module in this thread, and replace them"
     calls, thread = Counter(), threading.get_ident()
-    def hook(module, args, kwargs):
+    def hook(module, args, kwargs=None):  # as in `listen`
         if threading.get_ident() != thread: return None
         calls[module] += 1
         return see((module, calls[module]), args, kwargs)

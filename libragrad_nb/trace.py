@@ -285,7 +285,7 @@ def listen(
     tally:TokenTally, # new, for a model whose blocks are `tally.plan.stages`
 ):
     "Let `tally` meet the token states while the model runs in this thread"
-    def hook(module, args, kwargs):
+    def hook(module, args, kwargs=None):  # another thread may see the hook half registered, without kwargs
         if threading.get_ident() != tally.thread: return None
         k = carried(args, kwargs)
         if k is not None: return instead(args, kwargs, k, tally.meet(args[0] if k == 0 else kwargs[k], module))

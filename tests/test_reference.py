@@ -6,8 +6,10 @@ from fastcore.docments import docments
 
 import libragrad_nb
 from libragrad_nb.core import COMPOSITES, CONSTANTS, LIBRA
+from libragrad_nb.gradient_maps import Method, methods
 
 ENGINE = 'core affine activations attention layernorm gating'.split() # every line counts there: a docstring may name a parameter instead
+QUESTION = ['model', 'images', 'target', 'rules', 'of'] # what every method that runs the model is asked
 MODULES = sorted(m.name for m in pkgutil.iter_modules(libragrad_nb.__path__) if not m.name.startswith('_'))
 HANDLERS = [*LIBRA.values(), *COMPOSITES.values(), *CONSTANTS.values()]
 
@@ -25,6 +27,7 @@ def silent(module, o):
     "The parameters of which nothing is said, but for `self` and what is passed on"
     if module in ENGINE and any(o is h for h in HANDLERS): return [] # they are those of the torch function that it stands in for
     known, doc = comments(o), inspect.getdoc(o) or ''
+    if any(m.runs and o is m.f for m in methods.values()) and 'of' in known: known |= dict.fromkeys(QUESTION, known['of']) # said once, for the five of them
     passed = {inspect.Parameter.VAR_POSITIONAL: 'args', inspect.Parameter.VAR_KEYWORD: 'kwargs'}
     try: asked = inspect.signature(o).parameters.values()
     except ValueError: return [] # an exception, whose arguments are those of Exception
@@ -42,4 +45,10 @@ def test_what_is_missing_is_found():
         a, # this one
         b, *args, **kwargs): "A function, and `b`"
     def g(a, b, *more): "Nothing is said of them"
+    def h(model, images, target, rules, of, # as for `explain`
+          steps): "It runs the model"
+    assert 'model' in silent('path_maps', h)
+    methods['h'] = Method('h', h, runs=True)
+    try: assert silent('path_maps', h) == ['steps']
+    finally: del methods['h']
     assert silent('trace', f) == ['b'] and silent('core', f) == [] and silent('trace', g) == ['a', 'b', 'more']

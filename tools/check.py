@@ -2,13 +2,13 @@
 import hashlib, os, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pages import ROOT, notebooks
 
-ROOT, BIN = Path(__file__).resolve().parents[1], Path(sys.executable).parent
+BIN = Path(sys.executable).parent
 FOUNDATIONS, MOST_LINES = 'core affine activations attention layernorm gating'.split(), 400
 
 def run(*cmd, **env): return subprocess.run([str(c) for c in cmd], cwd=ROOT, env={**os.environ, **env}).returncode==0
 
-def notebooks(): return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not re.search(r'(^|/)[._]', p.relative_to(ROOT).as_posix()))
 def modules(): return sorted((ROOT/'libragrad_nb').rglob('*.py'))
 def names(paths): return ' '.join(sorted(p.relative_to(ROOT).as_posix() for p in paths))
 

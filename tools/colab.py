@@ -1,15 +1,12 @@
 "Put a Colab badge and a hidden cell that installs the package there into every notebook. With --check: only say whether they are up to date."
 import re, sys
-from pathlib import Path
 from execnb.nbio import mk_cell, nb2str, read_nb
 from nbdev.config import get_config
+from pages import ROOT, notebooks
 
-ROOT = Path(__file__).resolve().parents[1]
 BADGE, INSTALL = 'colab-badge', 'colab-install'  # ids of the two cells
 MARK = '[![Open In Colab]'
 IMPORTED_AS = {'open_clip_torch': 'open_clip', 'grad-cam': 'pytorch_grad_cam'}  # packages whose module has another name
-
-def notebooks(): return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
 
 def packages(code):
     "Top-level names that lines of code import"

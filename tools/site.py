@@ -1,12 +1,6 @@
-"""The pages of the site, for Quarto and without it.
-
-site.py --check        what is wrong with the pages
-site.py --preview OUT [PAGE...]  a plain version of the site in OUT, by pandoc: to read and to test where there is no Quarto
-site.py --quarto       the pages in _proc/, for Quarto to render (`make docs`)
-site.py --built DIR    what is wrong with links and sizes of the site that Quarto made
-
-Notebooks are processed by nbdev; the API reference is collected from what it shows."""
-import base64, html, os, re, shutil, subprocess, sys, tempfile
+"""The pages of the site, for Quarto and without it. Notebooks are processed by nbdev, as for its own site; the API reference is
+collected from what that shows; pandoc reads the pages, as Quarto lets it."""
+import argparse, base64, html, os, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +13,9 @@ from nbdev.processors import FilterDefaults
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve_drv import main as process
 import api
+from pages import NBS, ROOT, files, notebooks
 
-ROOT = Path(__file__).resolve().parents[1]
-NBS, MOST = ROOT/'nbs', 1_000_000  # bytes of a page with its pictures
+MOST = 1_000_000  # bytes of a page with its pictures
 SHOWN = 'text/html text/markdown image/svg+xml image/png image/jpeg text/plain'.split()  # what Quarto shows, best first
 FOREIGN = re.compile(rf'(?<![\w.:/])(?:/(?:home|root|Users|tmp|private|mnt|srv|{re.escape(ROOT.parts[1])})/|[A-Z]:\\)[\w.\\/-]+')
 
@@ -35,8 +29,6 @@ def sidebar():
             else: walk(o['contents'], o['section'])
     walk(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents'], '')
     return found
-
-def visible(path): return not any(o[0] in '._' for o in path.relative_to(NBS).parts)
 
 class Page:
     "Markdown as pandoc reads it, its front matter and its pictures"
@@ -62,7 +54,7 @@ class NotebookPage(Page):
         self.file = folder/path
         self.file.parent.mkdir(parents=True, exist_ok=True)
         process((NBS/path, self.file, FilterDefaults))
-        self.nb, self.home = read_nb(self.file), home
+        self.nb, self.source, self.home = read_nb(self.file), read_nb(NBS/path), home
         front = yaml.safe_load(self.nb.cells[0].source.strip().strip('-'))
         self.shown = {m[1]: ''.join(o.data['text/markdown']) for c in self.nb.cells if (m := re.search(r'^show_doc\((\w+)\)', c.source, re.M)) for o in c.outputs if 'data' in o}
         super().__init__(path, front, '', self.nb.cells)
@@ -109,7 +101,7 @@ class NotebookPage(Page):
         return f'![{asked.get("fig-alt", "").strip(chr(34))}]({name})'
 
     @property
-    def module(self): return next((m[1] for c in read_nb(NBS/self.path).cells if (m := re.match(r'#\| default_exp (\w+)', c.source))), None)
+    def module(self): return next((m[1] for c in self.source.cells if (m := re.match(r'#\| default_exp (\w+)', c.source))), None)
 
     @property
     def paper(self): return next(iter(re.findall(r'(?s)\*\*Papers?:\*\*.*', self.cells[-1].source)), '')
@@ -173,9 +165,8 @@ class Site:
         if not (d := page.front.get('description')): yield 'has no description: put a line "> what it is" under its title'
         elif len(str(d)) > 200 and page.cells: yield f'its description has {len(str(d))} characters'
         if page.cells:
-            nb = read_nb(NBS/page.path)
-            yield from wrong_outputs(nb)
-            first = next(c.source for c in nb.cells if c.cell_type == 'markdown')
+            yield from wrong_outputs(page.source)
+            first = next(c.source for c in page.source.cells if c.cell_type == 'markdown')
             if len([l for l in first.splitlines() if l.strip()]) > 2: yield 'says more in the cell of its title than the title and one line after ">": nbdev drops the rest, so put it in a cell of its own'
         if complaint := page.html[1]: yield f'pandoc: {complaint}'
         for t in page.html[0].find_all(string=re.compile(r'^\s*:::|\$\$')):
@@ -186,7 +177,7 @@ class Site:
         found = dict(self.failed)
         for path, p in self.pages.items():
             if w := list(dict.fromkeys(self.wrong(p))): found[path] = w
-        there = {p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb') if visible(p)}
+        there = {p.relative_to(NBS).as_posix() for p in notebooks()}
         listed = {p for p in self.sections if p.endswith('.ipynb')}
         if there != listed: found['_quarto.yml'] = [f'does not list {p}' for p in sorted(there-listed)] + [f'lists {p}, which is not there' for p in sorted(listed-there)]
         if w := list(wrong_readme()): found['README.md'] = w
@@ -244,7 +235,7 @@ def for_quarto():
     shutil.rmtree(proc, ignore_errors=True)
     refresh_quarto_yml()
     site = Site(proc)
-    for p in [p for p in NBS.rglob('*') if p.is_file() and p.suffix != '.ipynb' and (visible(p) or p.name == '_quarto.yml')]:
+    for p in [NBS/'_quarto.yml', *(p for p in files() if p.suffix != '.ipynb')]:
         (proc/p.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(p, proc/p.relative_to(NBS))
     if site.failed: sys.exit('\n'.join(f'{k}: {v[0]}' for k,v in site.failed.items()))
@@ -264,20 +255,24 @@ def wrong_built(out):
             if not to.exists(): yield f'{page.relative_to(out)} leads nowhere: {href}'
             elif fragment and to in ids and fragment not in ids[to] and a.get('role') not in ('button', 'tab'): yield f'{page.relative_to(out)} leads to no place on that page: {href}'
             elif a.name == 'img': size += to.stat().st_size
-        if size > MOST + 200_000: yield f'{page.relative_to(out)} is {size/1e6:.2f} MB'  # Quarto's own navigation adds to the pages measured before
+        if size > MOST: yield f'{page.relative_to(out)} is {size/1e6:.2f} MB, more than {MOST/1e6:.0f}'
 
 def main():
+    ask = argparse.ArgumentParser(description=__doc__)
+    what = ask.add_mutually_exclusive_group(required=True)
+    what.add_argument('--check', action='store_true', help='say what is wrong with the pages')
+    what.add_argument('--quarto', action='store_true', help='write the pages to _proc/, for Quarto to render')
+    what.add_argument('--preview', type=lambda p: Path(p).resolve(), metavar='OUT', help='write them as plain HTML, to read and to test where there is no Quarto')
+    what.add_argument('--built', type=lambda p: Path(p).resolve(), metavar='DIR', help='say what is wrong with the links and sizes of what Quarto made')
+    ask.add_argument('pages', nargs='*', help='only these, such as 00_core.ipynb (with --preview)')
+    args = ask.parse_args()
     os.chdir(ROOT)
-    if '--quarto' in sys.argv: return for_quarto()
-    if '--built' in sys.argv:
-        if found := list(wrong_built(Path(sys.argv[-1]).resolve())): sys.exit('\n'.join(found))
-        return
-    out, *paths = sys.argv[2:] or [None]
+    if args.quarto: return for_quarto()
+    if args.built: sys.exit('\n'.join(wrong_built(args.built)) or None)
     with tempfile.TemporaryDirectory() as folder:
-        site = Site(Path(folder), paths)
-        if '--preview' in sys.argv:
-            print(f'{site.preview(Path(out))} pages: open {out}/index.html')
-            if site.failed: sys.exit('\n'.join(f'{k}: {v[0]}' for k,v in site.failed.items()))
-        elif found := site.complaints(): sys.exit('\n'.join(f'{k}\n  ' + '\n  '.join(w) for k,w in found.items()))
+        site = Site(Path(folder), args.pages)
+        if args.preview: print(f'{site.preview(args.preview)} pages: open {args.preview}/index.html')
+        found = site.failed if args.preview else site.complaints()
+        if found: sys.exit('\n'.join(f'{k}\n  ' + '\n  '.join(w) for k,w in found.items()))
 
 if __name__=='__main__': main()

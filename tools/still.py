@@ -1,8 +1,8 @@
 "`still.py [--check] [NAME...]`: saved notebooks keep the picture of a widget, never the widget itself, which nothing answers for once its kernel is gone"
 import json, sys
-from pathlib import Path
+from pages import notebooks
 
-ROOT, LIVE = Path(__file__).resolve().parents[1], 'application/vnd.jupyter.widget-'
+LIVE = 'application/vnd.jupyter.widget-'
 
 def still(nb):
     "Drop live views and their state; returns whether there were any"
@@ -13,7 +13,7 @@ def still(nb):
 
 def main(check='--check' in sys.argv):
     only, bad = [a for a in sys.argv[1:] if a != '--check'], []
-    for p in [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts and (not only or p.stem in only)]:
+    for p in [p for p in notebooks() if not only or p.stem in only]:
         nb = json.loads(p.read_text(encoding='utf-8'))
         if not still(nb): continue
         bad.append(p.name)
