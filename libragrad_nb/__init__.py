@@ -1,6 +1,6 @@
 __version__ = "0.0.1"
 
-from . import affine, activations, attention, layernorm, gating  # each fills its part of the rule table
+from . import affine, activations, attention, layernorm, gating, shortcuts  # each fills its part of the rule table
 from .core import completeness_error, libra, rule
 from .explain import Attribution, explain
 from .gradient_maps import find_method, methods

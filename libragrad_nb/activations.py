@@ -28,10 +28,8 @@ def gated(
 # %% ../nbs/02_gated_activations.ipynb #f5092682
 @rule('activations', F.gelu)
 def _gelu(op, input, approximate='none'):
-    x = const(input)
-    if approximate == 'none': gate = torch.special.ndtr(x)
-    else: gate = .5 + .5*torch.tanh((2/torch.pi)**.5*(x + .044715*x**3))
-    return scale_backward(op(x, approximate=approximate), input, gate)
+    value = op(x := const(input), approximate=approximate)
+    return scale_backward(value, input, (value/x).nan_to_num_(.5))
 
 @rule('activations', F.silu)
 def _silu(op, input, inplace=False): return gated(op, input, const(input).sigmoid(), inplace=inplace)

@@ -13,7 +13,7 @@ from .activations import constant_gate
 # %% ../nbs/03_attention.ipynb #a112f2aa
 @rule('attention', F.scaled_dot_product_attention)
 def fused_attention(op, query, key, value, attn_mask=None, *args, **kwargs):
-    "Queries, keys and mask held constant, and with them the attention matrix"
+    "`op` with `query`, `key` and `attn_mask` held constant, and with them the attention matrix; only `value` is free"
     if attn_mask is not None: attn_mask = const(attn_mask)
     return op(const(query), const(key), value, attn_mask, *args, **kwargs)
 

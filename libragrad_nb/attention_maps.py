@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 # %% ../nbs/12_attention_maps.ipynb #448f9012
-from .core import libra
+from .core import hooked, libra
 from .attention_matrix import Matrices
 from .gradient_maps import aliases, method, methods, nothing
 from .ledger import name_of
@@ -236,8 +236,8 @@ class _SideBySide:
 
     def __enter__(self):
         self.undo = ExitStack()
-        for s in self.stages: self.undo.callback(s.register_forward_pre_hook(self.before, with_kwargs=True).remove)
-        self.undo.callback(self.stages[-1].register_forward_hook(self.after).remove)
+        for s in self.stages: self.undo.callback(hooked(s.register_forward_pre_hook, self.before, with_kwargs=True))
+        self.undo.callback(hooked(self.stages[-1].register_forward_hook, self.after))
         return self
     def __exit__(self, *error): self.undo.close()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRA', 'COMPOSITES', 'CONSTANTS', 'rule_sets', 'tolerance', 'const', 'swap_backward', 'scale_backward', 'rule',
-           'rule_set', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
+           'rule_set', 'hooked', 'libra', 'additive', 'Tally', 'completeness_error', 'test_complete']
 
 # %% ../nbs/00_core.ipynb #aa377beb
 import threading, warnings
@@ -98,6 +98,11 @@ class _Mode(TorchFunctionMode):
 class _Here(threading.local): mode = None
 _here = _Here()
 
+_numbers = threading.Lock()
+def hooked(register, hook, **how):
+    "Register `hook` by `register`, such as `module.register_forward_hook`, with the options `how`, also where other threads do so; returns how to undo it"
+    with _numbers: return register(hook, **how).remove
+
 def _hook_modules(model, mode):
     "Hooks for the rules that are keyed by module type"
     hooks = ExitStack()
@@ -106,7 +111,7 @@ def _hook_modules(model, mode):
         handler = mode.rules.get(type(m)) or mode.rules.get(f'{type(m).__module__}.{type(m).__qualname__}')
         def balance(m, args, *rest, handler=handler):  # (kwargs, out); another thread may see the hook half registered, without kwargs
             return handler(rest[1], m, *args, **rest[0]) if _here.mode is mode else None
-        if handler: hooks.callback(m.register_forward_hook(balance, with_kwargs=True).remove)
+        if handler: hooks.callback(hooked(m.register_forward_hook, balance, with_kwargs=True))
     return hooks
 
 # %% ../nbs/00_core.ipynb #c6c495e7

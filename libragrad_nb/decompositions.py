@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tqdm.auto import tqdm
 
 # %% ../nbs/14_decompositions.ipynb #b3e58a4b
+from .core import hooked
 from .gradient_maps import method, which_blocks
 from .tokens import choose, layout, on_grid, read_inputs
 from .trace import Question, as_function, trace
@@ -357,8 +358,8 @@ def meet_states(model, plan, tape):
         found[-1].end, found[-1].after = len(tape.calls), next(iter(_tensors(out)), None)
     with ExitStack() as undo:
         for stage in dict.fromkeys(plan.stages):
-            undo.callback(stage.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(stage.register_forward_hook(after).remove)
+            undo.callback(hooked(stage.register_forward_pre_hook, before, with_kwargs=True))
+            undo.callback(hooked(stage.register_forward_hook, after))
         yield
 
 # %% ../nbs/14_decompositions.ipynb #f73ba676

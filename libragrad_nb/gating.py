@@ -13,19 +13,14 @@ from .activations import constant_gate, gated
 from .affine import at_zero, depends
 
 # %% ../nbs/05_self_gating.ipynb #a95dbb25
-class _Share(torch.autograd.Function):
+def _divided(x, n):
     "The same tensor, its gradient divided by `n`"
-    @staticmethod
-    def forward(ctx, x, n):
-        ctx.n = n
-        return x.view_as(x)
-    @staticmethod
-    def backward(ctx, g): return g/ctx.n, None
+    return scale_backward(x, x, torch.tensor(1/n, dtype=torch.float64))
 
 def _share(*factors):
     "The factors; the gradient of each that depends on the input is divided by how many do"
     n = sum(map(depends, factors))
-    return [_Share.apply(f, n) if n > 1 and depends(f) else f for f in factors]
+    return [_divided(f, n) if n > 1 and depends(f) else f for f in factors]
 
 # %% ../nbs/05_self_gating.ipynb #1248b628
 @rule('gating', *[getattr(o, n) for o in (torch, Tensor) for n in 'mul multiply matmul mm bmm mv dot vdot inner outer'.split()], torch.tensordot,
@@ -65,7 +60,7 @@ def _power(op, input, exponent=None):
     return gated(op, input, const(input)**(k - 1), *args)
 
 @rule('gating', torch.var, Tensor.var)
-def _var(op, input, *args, **kwargs): return op(_Share.apply(input, 2), *args, **kwargs)
+def _var(op, input, *args, **kwargs): return op(_divided(input, 2), *args, **kwargs)
 
 # %% ../nbs/05_self_gating.ipynb #160b20ce
 @rule('gating', F.cosine_similarity)

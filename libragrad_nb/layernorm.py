@@ -23,7 +23,7 @@ class _Standardise(torch.autograd.Function):
     def backward(ctx, g):
         r, weight = ctx.saved_tensors
         gw = (g if weight is None else g*weight).reshape(*r.shape[:-1], -1)
-        return None, ((gw - gw.mean(-1, keepdim=True))*r).reshape(g.shape), None, None
+        return None, torch.addcmul(gw.mean(-1, keepdim=True)*-r, gw, r).reshape(g.shape), None, None
 
 def _yardstick(x, eps, centre=True):
     "1/sqrt(var + eps) over the last dimension, at least in float32; not `centre`: spread around zero"

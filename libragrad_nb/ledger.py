@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 # %% ../nbs/06_ledger.ipynb #3fdd7953
 from .core import *
 from .core import _here
-from . import affine, activations, attention, layernorm, gating
+from . import affine, activations, attention, layernorm, gating, shortcuts
 from .affine import depends
 
 # %% ../nbs/06_ledger.ipynb #951e01a5
@@ -289,8 +289,8 @@ def _calls(model, book):
     with ExitStack() as undo:
         for m in model.modules() if isinstance(model, nn.Module) else ():
             if isinstance(m, torch.jit.ScriptModule): continue # takes no hooks
-            undo.callback(m.register_forward_pre_hook(enter, prepend=True).remove)
-            undo.callback(m.register_forward_hook(leave, always_call=True).remove)
+            undo.callback(hooked(m.register_forward_pre_hook, enter, prepend=True))
+            undo.callback(hooked(m.register_forward_hook, leave, always_call=True))
         yield
 
 # %% ../nbs/06_ledger.ipynb #cecf999b

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .core import *
 from .core import _here
 from .affine import depends
-from .gating import _Share, _share
+from .gating import _divided, _share
 from . import activations, attention, layernorm
 
 # %% ../nbs/07_presets.ipynb #0addbbb2
@@ -176,7 +176,7 @@ def _attention_in_halves(op, query, key, value, attn_mask=None, *args, **kwargs)
     "ordinary gradient, in halves"
     query, key = _share(query, key)
     if depends(value) and any(map(depends, (query, key, attn_mask))):
-        half = lambda t: _Share.apply(t, 2) if depends(t) else t
+        half = lambda t: _divided(t, 2) if depends(t) else t
         query, key, value, attn_mask = map(half, (query, key, value, attn_mask))
     return op(query, key, value, attn_mask, *args, **kwargs)
 
@@ -188,7 +188,7 @@ _thirds = {}
 @rule('attention', F.scaled_dot_product_attention, table=_thirds)
 def _attention_in_thirds(op, query, key, value, *args, **kwargs):
     "ordinary gradient, in thirds"
-    return _Share.apply(op(query, key, value, *args, **kwargs), max(1, sum(map(depends, (query, key, value)))))
+    return _divided(op(query, key, value, *args, **kwargs), max(1, sum(map(depends, (query, key, value)))))
 
 rule_sets['attnlrp_thirds'] = RuleSet('attnlrp_thirds', 'ordinary softmax, fused attention shared in thirds',
                                       drop=('attention',), own=_thirds)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 # %% ../nbs/17a_removal.ipynb #1757cbdf
+from .core import hooked
 from .restart import Rest, _same, in_front
 from .tokens import Inputs, _logits, choose, read_inputs
 from .trace import instead, start
@@ -97,10 +98,10 @@ def read_off(ask:Removal, target=None)->torch.Tensor:
     def note(module, args, out):
         if threading.get_ident() == thread: kept.append(out if isinstance(out, torch.Tensor) else out[0])
     with torch.inference_mode(False), torch.enable_grad():
-        handle = ask.last.register_forward_hook(note)
+        undo = hooked(ask.last.register_forward_hook, note)
         try:
             with start(ask.model, data): output = data.call(ask.model, data.x)
-        finally: handle.remove()
+        finally: undo()
         score, _ = choose(output, target, last=data.last())
         g, = torch.autograd.grad(score.sum(), kept[-1])
     reads = g.abs().sum(-1) > 0

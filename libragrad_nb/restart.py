@@ -15,7 +15,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 # %% ../nbs/10a_restart.ipynb #6a385d53
-from .core import libra, swap_backward
+from .core import hooked, libra, swap_backward
 from .tokens import Inputs, choose, layout, on_grid, read_inputs
 from .ledger import name_of
 from .trace import Question, TokenTally, _check_scores, bottlenecks, carried, instead, prefix_in_front, start
@@ -33,7 +33,7 @@ def in_front(
         calls[module] += 1
         return see((module, calls[module]), args, kwargs)
     with ExitStack() as undo:
-        for m in dict.fromkeys(modules): undo.callback(m.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for m in dict.fromkeys(modules): undo.callback(hooked(m.register_forward_pre_hook, hook, with_kwargs=True))
         yield
 
 # %% ../nbs/10a_restart.ipynb #e5352f00

@@ -3,6 +3,7 @@ import math
 
 import pytest, torch
 from timm.models import Beit, ConvNeXt, Eva, MlpMixer, SwinTransformer, VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_nb import explain, libra
 from libragrad_nb.attention_maps import Read, Rolled, weights, legrad, without_empty
@@ -99,12 +100,12 @@ def test_one_forward_and_one_backward_for_all_maps_of_a_trace(images, monkeypatc
 
 def test_fused_kernels_stay_on(images, monkeypatch):
     model, calls = vit(), []
-    class Count(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, op, types, args=(), kwargs=None):
-            calls.append(op)
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            calls.append(op.overloadpacket)
             return op(*args, **(kwargs or {}))
     with Count(): explain(model, images, 1, ATTENTION)
-    assert calls.count(torch.nn.functional.scaled_dot_product_attention) == 3
+    assert calls.count(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) == 2*3  # forward, and keys to queries on the way back
     assert all(b.attn.fused_attn for b in model.blocks)
 
 

@@ -8,7 +8,7 @@ import libragrad_nb
 from libragrad_nb.core import COMPOSITES, CONSTANTS, LIBRA
 from libragrad_nb.gradient_maps import Method, methods
 
-ENGINE = 'core affine activations attention layernorm gating'.split() # every line counts there: a docstring may name a parameter instead
+ENGINE = 'core affine activations attention layernorm gating shortcuts'.split() # every line counts there: a docstring may name a parameter instead
 QUESTION = ['model', 'images', 'target', 'rules', 'of'] # what every method that runs the model is asked
 MODULES = sorted(m.name for m in pkgutil.iter_modules(libragrad_nb.__path__) if not m.name.startswith('_'))
 HANDLERS = [*LIBRA.values(), *COMPOSITES.values(), *CONSTANTS.values()]
