@@ -9,7 +9,7 @@ pip install 'libragrad_nb[speed]'
 import argparse, gc, importlib, json, os, platform, random, re, sys, time, types
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,6 +106,12 @@ def _(q):
         return x.grad
     yield run
 
+@contestant('two forward passes', 'plain')
+def _(q):
+    @torch.no_grad()
+    def run(): q.model(q.x); return q.model(q.x)
+    yield run
+
 @contestant('Libra gradient alone', 'libra')
 def _(q): yield lambda: balanced_gradient(q.model, q.x)
 
@@ -120,6 +126,13 @@ def _(q): yield lambda: explain(q.model, q.x, TARGET, EVERY)
 
 @contestant(f'Libra FullGrad+, {len(TARGETS)} targets', 'libra', maps=len(TARGETS))
 def _(q): yield lambda: explain(q.model, q.x, TARGETS, 'fullgrad_plus')
+
+@contestant('input gradient, weights frozen, compiled', 'compiled')
+def _(q):
+    with frozen(q.model): yield partial(input_gradient, torch.compile(q.model), q.x)
+
+@contestant('Libra gradient alone, compiled', 'compiled')
+def _(q): yield partial(balanced_gradient, torch.compile(q.model), q.x)
 
 @contestant('LeGrad, ours', 'libra')
 def _(q): yield lambda: explain(q.model, q.x, TARGET, 'legrad', rules='plain')
@@ -182,6 +195,7 @@ def _(q):
         yield lambda: pixels_x_gradient(q.twin, q.x)
 
 FAMILIES = dict.fromkeys(c.family for c in contestants)
+LATE = 'compiled',  # compiling takes minutes: only where they are asked for
 
 # --- what some of them need
 
@@ -404,11 +418,11 @@ def main(args=None):
     p.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     p.add_argument('--threads', type=int, help="of the processor (default: torch's choice)")
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--only', nargs='+', choices=list(FAMILIES), help='families to run beside the plain ones (default: all)')
+    p.add_argument('--only', nargs='+', choices=list(FAMILIES), help=f'families to run beside the plain ones (default: all but {", ".join(LATE)})')
     p.add_argument('--out', help='a .json file for the result, with every single time')
     a = p.parse_args(args)
     if a.threads: torch.set_num_threads(a.threads)
-    chosen = [c for c in contestants if c.family in ['plain', *(a.only or FAMILIES)]]
+    chosen = [c for c in contestants if c.family in ['plain', *(a.only or [f for f in FAMILIES if f not in LATE])]]
     result = measure(a.model, a.batch, a.repeats, a.device, a.seed, chosen)
     print(as_table(result))
     if a.out: save(result, a.out)

@@ -220,7 +220,8 @@ def test_the_script(tmp_path, capsys, fewer_steps):
     try: speed.main(['--model', 'test_vit', '--batch', '1', '--repeats', '1', '--threads', '1', '--out', str(out)])
     finally: torch.set_num_threads(threads)
     found, said = json.loads(out.read_text()), capsys.readouterr().out
-    assert [r['name'] for r in found['contestants']] == [c.name for c in speed.contestants] and all(c.name in said for c in speed.contestants)
+    asked = [c for c in speed.contestants if c.family not in speed.LATE]
+    assert [r['name'] for r in found['contestants']] == [c.name for c in asked] and all(c.name in said for c in asked)
     assert [p.name for p in out.parent.iterdir()] == ['speed.json'] and found['machine']['threads'] == 1
     for r in found['contestants']:
         if 'absent' not in r: assert len(r['seconds']) == 1 and r['seconds'][0] > 0 and r['forward'] >= 1 and r['peak_mib'] > 0
@@ -231,7 +232,8 @@ def test_the_script(tmp_path, capsys, fewer_steps):
 @pytest.mark.parametrize('file', sorted(FOLDER.glob('*.json')), ids=lambda f: f.name)
 def test_the_committed_results_belong_to_the_script(file):
     found = json.loads(file.read_text())
-    assert [r['name'] for r in found['contestants']] == [c.name for c in speed.contestants], 'run benchmarks/speed.py again'
+    families = {r['family'] for r in found['contestants']}
+    assert [r['name'] for r in found['contestants']] == [c.name for c in speed.contestants if c.family in families], 'run benchmarks/speed.py again'
     first = {r['model']: r for r in reversed(found['contestants'])}
     for r in found['contestants']:
         if 'absent' in r: continue
