@@ -25,7 +25,7 @@ from .attention_matrix import Matrices
 from .gradient_maps import aliases, method, methods, nothing
 from .ledger import name_of
 from .tokens import choose, layout, on_grid, read_inputs
-from .trace import Attended, NoAttention, Question, carried, instead, not_recomputed, overwrites
+from .trace import Attended, NoAttention, Question, _check_scores, carried, instead, not_recomputed, overwrites
 
 # %% ../nbs/12_attention_maps.ipynb #20b60de0
 def weights(here:Attended): # the attention of one block
@@ -227,6 +227,7 @@ class _SideBySide:
 
     def after(self, module, args, out):
         if threading.get_ident() != self.thread: return None
+        if self.done: raise NoAttention('LeGrad needs blocks that run once, and in this model the last one runs several times')
         h = out if isinstance(out, torch.Tensor) else out[0]
         self.outputs.append(h); self.done = True
         if len({o.shape for o in self.outputs}) > 1 or h.ndim != 3: raise NoAttention(
@@ -235,9 +236,10 @@ class _SideBySide:
         return wide if isinstance(out, torch.Tensor) else (wide, *out[1:])
 
     def __enter__(self):
-        self.undo = ExitStack()
-        for s in self.stages: self.undo.callback(s.register_forward_pre_hook(self.before, with_kwargs=True).remove)
-        self.undo.callback(self.stages[-1].register_forward_hook(self.after).remove)
+        with ExitStack() as undo:
+            for s in dict.fromkeys(self.stages): undo.callback(s.register_forward_pre_hook(self.before, with_kwargs=True).remove)
+            undo.callback(self.stages[-1].register_forward_hook(self.after).remove)
+            self.undo = undo.pop_all()
         return self
     def __exit__(self, *error): self.undo.close()
 
@@ -287,9 +289,10 @@ def legrad(
         gradients[where] = gradient
     with torch.inference_mode(False), torch.enable_grad():
         with _SideBySide(plan.stages, HEADS.get(head, [_mean_token, _as_it_is])) as s, libra(model, rules, Matrices(found, where)):
-            output = data.call(model, data.x.clone().requires_grad_())
+            output = data.call(model, data.x.clone().requires_grad_().clone())  # which it may overwrite
         c = len(s.heads) - 1 if 'head' in places else 0
         with libra(rules='plain'): score, classes, each = _scores(s, output, target, of, data.last(), B, c)
+        _check_scores([(one, None) for one in (score, *each)], B)
         pooled = 'head' in places and s.heads[c] is _as_it_is
         with not_recomputed(): torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
     s.outputs.clear()  # a hook of theirs holds `s`
