@@ -247,7 +247,7 @@ class _SideBySide:
 def _images(output, start, n):
     "The part of a model's output that belongs to `n` images from `start` on"
     def cut(v): return v[start:start+n] if isinstance(v, torch.Tensor) and v.ndim else v
-    if isinstance(output, torch.Tensor) or not any(v is output for v in tree_leaves(output)): return tree_map(cut, output)
+    if not hasattr(output, '__dict__') or isinstance(output, torch.Tensor) or not any(v is output for v in tree_leaves(output)): return tree_map(cut, output)
     return SimpleNamespace(**tree_map(cut, dict(output) if hasattr(output, 'items') else vars(output)))
 
 # %% ../nbs/12_attention_maps.ipynb #f149eef4

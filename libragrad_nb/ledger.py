@@ -232,7 +232,7 @@ class Book(_Overwriting):
 def _looks(op):
     "Whether it only looks at a tensor, or at its place in the graph"
     if op.__name__ == '__get__': return op.__self__.__name__ not in ('T', 'mT', 'H', 'mH', 'real', 'imag')
-    return op.__name__ in ('__set__', 'register_hook', 'requires_grad_', 'retain_grad', 'backward', 'detach_')
+    return op.__name__ in ('__set__', 'register_hook', 'requires_grad_', 'retain_grad', 'backward', 'grad', 'detach_')
 
 def _name(op):
     name = (op.__self__ if op.__name__ == '__get__' else op).__name__.split('.')[0].strip('_')
