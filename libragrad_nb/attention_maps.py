@@ -62,6 +62,10 @@ def which_row(
     return w/w.sum(-1, keepdim=True)
 
 # %% ../nbs/12_attention_maps.ipynb #8c9792e0
+def _check_row(row):
+    if not isinstance(row, (str, int, type(None))): raise ValueError(
+        f"row must be None (what the score reads), 'class', 'mean', 'all' or the number of a token, not {row!r}")
+
 def _mix(row, matrix):
     "Row [B, n] times matrix [B, n, n]"
     return (row[:, None] @ matrix)[:, 0]
@@ -74,7 +78,8 @@ class Read:
     row:object=None      # see `which_row`
 
     def __post_init__(self):
-        if self.sign not in SIGNS: raise ValueError(f'unknown sign {self.sign!r}: choose one of {", ".join(SIGNS)}')
+        _check_row(self.row)
+        if self.sign not in [*SIGNS]: raise ValueError(f'unknown sign {self.sign!r}: choose one of {", ".join(SIGNS)}')
     def matrix(self, here): return SIGNS[self.sign](self.of(here)).mean(1)
     def read(self, here, above): return _mix(which_row(self.row, here), self.matrix(here))
 
@@ -187,6 +192,7 @@ class ResidualSums:
 @dataclass(frozen=True)
 class _TokenTM:
     row:object=None
+    def __post_init__(self): _check_row(self.row)
     def watcher(self): return ResidualSums()
     def read(self, here, above):
         changes = here.context.changes[here.block]
@@ -277,7 +283,7 @@ def legrad(
     last:int=None, # only so many of the last blocks; None: all
 )->tuple: # `Question`, tokens [B, N], unplaced [B]
     "LeGrad: every block's gradient of a score of its own (Bousselham et al. 2024, arXiv 2404.03214)"
-    if head is not None and head not in HEADS: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
+    if head is not None and head not in [*HEADS]: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
     data = read_inputs(model, images)
     plan, B, gradients, places = layout(model, data.x), len(data.x), {}, []
     if data.text or not plan.stages: raise NoAttention(

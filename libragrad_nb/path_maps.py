@@ -108,7 +108,7 @@ def _path(block):
     return integrated_gradients
 
 def _places(integration, steps):
-    if integration not in integrations: raise ValueError(f'unknown integration {integration!r}: choose one of {", ".join(integrations)}')
+    if integration not in [*integrations]: raise ValueError(f'unknown integration {integration!r}: choose one of {", ".join(integrations)}')
     if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps must be a whole number, 1 or more, not {steps!r}')
     places, weights = integrations[integration](steps)
     return places.tolist(), weights

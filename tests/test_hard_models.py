@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest, torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations
 
 from kinds import vit
-from libragrad_nb import explain, ledger, libra, methods
+from libragrad_nb import explain, ledger, methods
 from libragrad_nb.trace import trace
 from untouched import untouched
 
@@ -279,10 +279,13 @@ def test_a_model_that_runs_a_backward_pass_itself():
     with pytest.raises(NotImplementedError, match='backward pass itself'): ledger(model, x, 1)
 
 
-def test_vmap_says_so_or_works(images):
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as e: vmap(lambda x: explain(fresh(), x[None], 1).map)(images)
-    assert len(str(e.value)) > 40
-    torch.testing.assert_close(explain(fresh(), images, 1).map, explain(fresh(), images, 1).map, **EXACT)
+@pytest.mark.parametrize('transform', [lambda f: vmap(f), lambda f: grad(lambda x: f(x).sum())], ids=['vmap', 'grad'])
+def test_inside_a_transform_of_torch_func(transform, images, stock):
+    "torch refuses, and nothing is left behind"
+    model = fresh()
+    for n in ('fullgrad_plus', 'decompx', 'occlusion'):
+        with untouched(model), pytest.raises(RuntimeError, match='vmap|functorch'): transform(lambda x: explain(model, x.view(-1, 3, 32, 32), 1, n, **quick(n)).map)(images)
+    torch.testing.assert_close(explain(model, images, 1).map, stock['fullgrad_plus'], **EXACT)
 
 
 def test_a_patch_embedding_with_sizes_that_are_one_number(images):
