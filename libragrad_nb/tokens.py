@@ -280,6 +280,8 @@ def read_inputs(
     x = inputs if key is None else inputs[key]
     if not isinstance(x, torch.Tensor): raise TypeError(
         f'images must be a torch tensor [B, 3, H, W], not {type(x).__name__}: apply the transform of the model first')
+    if torch._C._functorch.is_functorch_wrapped_tensor(x): raise TypeError(
+        'inside torch.vmap or torch.func nothing can be explained, as an explanation runs a backward pass of its own: pass the whole batch outside')
     if x.is_nested or x.is_meta or x.layout != torch.strided: raise TypeError(
         f'{"nested" if x.is_nested else x.layout} tensors on {x.device} cannot be explained: '
         'pass a dense tensor with values, e.g. images.to_dense()')
