@@ -25,7 +25,7 @@ from .attention_matrix import Matrices
 from .gradient_maps import aliases, method, methods, nothing
 from .ledger import name_of
 from .tokens import choose, layout, on_grid, read_inputs
-from .trace import Attended, NoAttention, Question, carried, instead, not_recomputed, overwrites
+from .trace import Attended, NoAttention, Question, _check_scores, carried, instead, not_recomputed, overwrites
 
 # %% ../nbs/12_attention_maps.ipynb #20b60de0
 def weights(here:Attended): # the attention of one block
@@ -62,6 +62,10 @@ def which_row(
     return w/w.sum(-1, keepdim=True)
 
 # %% ../nbs/12_attention_maps.ipynb #8c9792e0
+def _check_row(row):
+    if not isinstance(row, (str, int, type(None))): raise ValueError(
+        f"row must be None (what the score reads), 'class', 'mean', 'all' or the number of a token, not {row!r}")
+
 def _mix(row, matrix):
     "Row [B, n] times matrix [B, n, n]"
     return (row[:, None] @ matrix)[:, 0]
@@ -74,7 +78,8 @@ class Read:
     row:object=None      # see `which_row`
 
     def __post_init__(self):
-        if self.sign not in SIGNS: raise ValueError(f'unknown sign {self.sign!r}: choose one of {", ".join(SIGNS)}')
+        _check_row(self.row)
+        if self.sign not in [*SIGNS]: raise ValueError(f'unknown sign {self.sign!r}: choose one of {", ".join(SIGNS)}')
     def matrix(self, here): return SIGNS[self.sign](self.of(here)).mean(1)
     def read(self, here, above): return _mix(which_row(self.row, here), self.matrix(here))
 
@@ -187,6 +192,7 @@ class ResidualSums:
 @dataclass(frozen=True)
 class _TokenTM:
     row:object=None
+    def __post_init__(self): _check_row(self.row)
     def watcher(self): return ResidualSums()
     def read(self, here, above):
         changes = here.context.changes[here.block]
@@ -227,6 +233,7 @@ class _SideBySide:
 
     def after(self, module, args, out):
         if threading.get_ident() != self.thread: return None
+        if self.done: raise NoAttention('LeGrad needs blocks that run once, and in this model the last one runs several times')
         h = out if isinstance(out, torch.Tensor) else out[0]
         self.outputs.append(h); self.done = True
         if len({o.shape for o in self.outputs}) > 1 or h.ndim != 3: raise NoAttention(
@@ -235,9 +242,10 @@ class _SideBySide:
         return wide if isinstance(out, torch.Tensor) else (wide, *out[1:])
 
     def __enter__(self):
-        self.undo = ExitStack()
-        for s in self.stages: self.undo.callback(hooked(s.register_forward_pre_hook, self.before, with_kwargs=True))
-        self.undo.callback(hooked(self.stages[-1].register_forward_hook, self.after))
+        with ExitStack() as undo:
+            for s in dict.fromkeys(self.stages): undo.callback(hooked(s.register_forward_pre_hook, self.before, with_kwargs=True))
+            undo.callback(hooked(self.stages[-1].register_forward_hook, self.after))
+            self.undo = undo.pop_all()
         return self
     def __exit__(self, *error): self.undo.close()
 
@@ -245,7 +253,7 @@ class _SideBySide:
 def _images(output, start, n):
     "The part of a model's output that belongs to `n` images from `start` on"
     def cut(v): return v[start:start+n] if isinstance(v, torch.Tensor) and v.ndim else v
-    if isinstance(output, torch.Tensor) or not any(v is output for v in tree_leaves(output)): return tree_map(cut, output)
+    if not hasattr(output, '__dict__') or isinstance(output, torch.Tensor) or not any(v is output for v in tree_leaves(output)): return tree_map(cut, output)
     return SimpleNamespace(**tree_map(cut, dict(output) if hasattr(output, 'items') else vars(output)))
 
 # %% ../nbs/12_attention_maps.ipynb #f149eef4
@@ -275,7 +283,7 @@ def legrad(
     last:int=None, # only so many of the last blocks; None: all
 )->tuple: # `Question`, tokens [B, N], unplaced [B]
     "LeGrad: every block's gradient of a score of its own (Bousselham et al. 2024, arXiv 2404.03214)"
-    if head is not None and head not in HEADS: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
+    if head is not None and head not in [*HEADS]: raise ValueError(f"unknown head {head!r}: choose 'mean', 'model' or None")
     data = read_inputs(model, images)
     plan, B, gradients, places = layout(model, data.x), len(data.x), {}, []
     if data.text or not plan.stages: raise NoAttention(
@@ -287,9 +295,10 @@ def legrad(
         gradients[where] = gradient
     with torch.inference_mode(False), torch.enable_grad():
         with _SideBySide(plan.stages, HEADS.get(head, [_mean_token, _as_it_is])) as s, libra(model, rules, Matrices(found, where)):
-            output = data.call(model, data.x.clone().requires_grad_())
+            output = data.call(model, data.x.clone().requires_grad_().clone())  # which it may overwrite
         c = len(s.heads) - 1 if 'head' in places else 0
         with libra(rules='plain'): score, classes, each = _scores(s, output, target, of, data.last(), B, c)
+        _check_scores([(one, None) for one in (score, *each)], B)
         pooled = 'head' in places and s.heads[c] is _as_it_is
         with not_recomputed(): torch.autograd.grad(sum(each).sum(), s.outputs if pooled else s.inputs, allow_unused=True)
     s.outputs.clear()  # a hook of theirs holds `s`

@@ -85,6 +85,7 @@ class Matrices:
     def listen(self, weights, gradient, products=()):
         where = self.where()
         def hear(g):
+            if g is None: return
             if len(products) > 1: raise NoAttention('an attention matrix multiplies more than its values (relative positions?), so its gradient has several parts')
             self.found(where, w := weights(), gradient(g, w))
         def note(out):

@@ -43,9 +43,11 @@ def cover(
     x:torch.Tensor, # images [B, C, H, W]
 )->torch.Tensor:    # [B, C, H, W]
     "What is seen where a patch is covered, as images"
-    try: return torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
+    try: seen = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
     except (TypeError, ValueError, RuntimeError) as e: raise ValueError(
         f'the baseline must be a number, a colour [{x.shape[1]}, 1, 1] or images {list(x.shape)}') from e
+    if not seen.isfinite().all(): raise ValueError('the baseline contains NaN or infinite values')
+    return seen
 
 # %% ../nbs/15a_black_box.ipynb #bcb240d3
 def paint(
@@ -82,6 +84,8 @@ class Game:
         score, classes = choose(self.data.call(self.model, x), target, self.of)
         if len(score) != len(x): raise ValueError(
             f'the target function returned {len(score)} scores for {len(x)} images')
+        if not score.isfinite().all(): raise ValueError(
+            'the model returned NaN or infinite scores: its weights or its precision are broken, or what covers is nothing that it can take')
         return score.to(torch.promote_types(score.dtype, torch.float32)), classes
 
     def __call__(self, shown, step=lambda n: None): # [k, rows, cols], 1 where a patch is shown

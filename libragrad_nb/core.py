@@ -66,9 +66,9 @@ def rule(
 
 def rule_set(rules): # a name in `rule_sets`, or a dictionary {operation: handler}
     "The rules of that name, or `rules` itself where it is a dictionary"
-    if not isinstance(rules, str): return rules
-    if rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
-    return rule_sets[rules]
+    if isinstance(rules, type) or not (isinstance(rules, str) or hasattr(rules, 'get')): raise TypeError(f'rules must be a name or a dictionary of rules, not {rules!r}')
+    if isinstance(rules, str) and rules not in rule_sets: raise ValueError(f'unknown rule set {rules!r}: choose one of {", ".join(rule_sets)}, or pass a dictionary')
+    return rule_sets[rules] if isinstance(rules, str) else rules
 
 # %% ../nbs/00_core.ipynb #72066999
 def _freeze(a):
@@ -105,14 +105,14 @@ def hooked(register, hook, **how):
 
 def _hook_modules(model, mode):
     "Hooks for the rules that are keyed by module type"
-    hooks = ExitStack()
-    for m in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(m, torch.jit.ScriptModule): warnings.warn('a part of the model is scripted: rules cannot see inside, and gradients may not add up')
-        handler = mode.rules.get(type(m)) or mode.rules.get(f'{type(m).__module__}.{type(m).__qualname__}')
-        def balance(m, args, *rest, handler=handler):  # (kwargs, out); another thread may see the hook half registered, without kwargs
-            return handler(rest[1], m, *args, **rest[0]) if _here.mode is mode else None
-        if handler: hooks.callback(hooked(m.register_forward_hook, balance, with_kwargs=True))
-    return hooks
+    with ExitStack() as hooks:  # none is left behind if something goes wrong here, such as a warning that is an error
+        for m in model.modules() if isinstance(model, nn.Module) else ():
+            if isinstance(m, torch.jit.ScriptModule): warnings.warn('a part of the model is scripted: rules cannot see inside, and gradients may not add up')
+            handler = mode.rules.get(type(m)) or mode.rules.get(f'{type(m).__module__}.{type(m).__qualname__}')
+            def balance(m, args, *rest, handler=handler):  # (kwargs, out); another thread may see the hook half registered, without kwargs
+                return handler(rest[1], m, *args, **rest[0]) if _here.mode is mode else None
+            if handler: hooks.callback(hooked(m.register_forward_hook, balance, with_kwargs=True))
+        return hooks.pop_all()
 
 # %% ../nbs/00_core.ipynb #c6c495e7
 @contextmanager
@@ -153,9 +153,9 @@ class Tally:
         if op not in CONSTANTS or (c := CONSTANTS[op](op, *args, **kwargs)) is None: return None
         if isinstance(c, torch.Tensor): c = c.nan_to_num(float('nan'), 0., 0.)  # a mask's -inf meets gradient 0; also a copy
         def note(out):
-            if not out.requires_grad: return
+            if not getattr(out, 'requires_grad', False): return
             (whole, look), where = _behind(out), self.where(args, out)
-            whole.register_hook(lambda g: self.add(look(g), c, where))
+            whole.register_hook(lambda g: None if g is None else self.add(look(g), c, where))
         return note
 
     def where(self, args, out): "For subclasses: what to remember of the operation until its gradient comes"
@@ -169,12 +169,15 @@ def completeness_error(
     rules='libra', # name of a rule set, or a dictionary of rules
 )->float:          # the share of the output that has no owner, signed; 0 for FG-complete
     "What gradient times input and the constants leave unexplained of `<v, f(x)>`, relative to `sum |v*f(x)|`"
-    x, tally = x.detach().requires_grad_(), Tally()
-    with libra(f, rules, tally): y = f(x)
-    v = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)).to(y)*y.sign() if v is None else v.to(y)
-    g, = torch.autograd.grad(y, x, v)
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError('x must be a tensor of floating-point numbers')
+    with torch.inference_mode(False), torch.enable_grad():
+        x, tally = x.detach().clone().requires_grad_(), Tally()
+        with libra(f, rules, tally): y = f(x)
+        if not isinstance(y, torch.Tensor) or not y.requires_grad: raise ValueError('f must return a tensor that depends on x')
+        v = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)).to(y)*y.sign() if v is None else torch.as_tensor(v).to(y).expand_as(y)
+        g, = torch.autograd.grad(y, x, v)
     parts = v.double()*y.double()
-    return ((parts.sum() - (g.double()*x).sum()).item() - tally.total)/parts.abs().sum().item()
+    return ((parts.sum() - (g.double()*x).sum() - tally.total)/parts.abs().sum()).item()
 
 # %% ../nbs/00_core.ipynb #ff01a1c0
 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}

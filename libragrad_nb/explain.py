@@ -144,6 +144,7 @@ def _attribution(model, q:Question, method, m, tokens, unplaced, additive=None):
     grid = tokens if m.pixels else tokens[:, q.prefix:].reshape(len(tokens), *q.grid)
     why = ': the score does not depend on the patches' if m.unit else ', so it has nothing to say'
     if not grid.any(): warnings.warn(f'the {method} map is zero everywhere{why}', stacklevel=4)
+    if not grid.isfinite().all(): warnings.warn(f'the {method} map has NaN or infinite values: a gradient overflows, which model.double() may mend', stacklevel=4)
     unknown = torch.full_like(q.score, float('nan'))
     error = q.score - tokens.flatten(1).sum(-1) - unplaced if m.unit else unknown
     return Attribution(grid, prefix, unplaced, q.score, q.target, error, unknown if additive is None else additive,
@@ -161,6 +162,7 @@ def attribute(
     **options,  # of the method
 )->Attribution: # of all scores of the trace
     "The map of one method from a trace: draw many from one pass"
+    if not isinstance(t, Trace): raise TypeError(f'attribute reads a trace, as in trace(model, images)[0], not {type(t).__name__}')
     m, at = find_method(method)
     placed, rest = t.constants_from(None if m.pixels else 0)
     return _attribution(model, t, method, m, *m(t, **{**at, **options}), placed.sum(-1) + rest)
@@ -184,6 +186,7 @@ def explain(
         f'rules must be a name or a dictionary of rules, not {rules!r}')
     if rules is not None: rule_set(rules)
     targets = target if isinstance(target, list) else [target]
+    if not targets: raise ValueError('an empty list of targets: pass None for the predicted class')
     out = [{} for _ in targets]
     if traced := [n for n in names if n is None or not used[n].runs]:
         for maps, t in zip(out, _traces(model, images, targets, 'libra' if rules is None else rules, of, used, own)):

@@ -91,6 +91,7 @@ class _Accounts:
 
     def post(self, g, held, givers, taker):
         x, held.value = held.value, None
+        if x is None: raise NotImplementedError('the model or the target function runs a backward pass itself, and the ledger books one only')
         amount, (*views, maker) = _dot(g, x, self.careful), givers
         maker.outflow += amount
         for row in views: row.inflow += amount; row.outflow += amount
@@ -231,7 +232,7 @@ class Book(_Overwriting):
 def _looks(op):
     "Whether it only looks at a tensor, or at its place in the graph"
     if op.__name__ == '__get__': return op.__self__.__name__ not in ('T', 'mT', 'H', 'mH', 'real', 'imag')
-    return op.__name__ in ('__set__', 'register_hook', 'requires_grad_', 'retain_grad', 'backward', 'detach_')
+    return op.__name__ in ('__set__', 'register_hook', 'requires_grad_', 'retain_grad', 'backward', 'grad', 'detach_')
 
 def _name(op):
     name = (op.__self__ if op.__name__ == '__get__' else op).__name__.split('.')[0].strip('_')
@@ -300,7 +301,8 @@ def _pick(output, target):
     output = getattr(output, 'logits', output)
     if not isinstance(output, torch.Tensor) or output.ndim != 2: raise ValueError(
         'the model did not return [B, classes]: pass a function as target that makes one score an image of its output')
-    classes = output.argmax(-1) if target is None else torch.as_tensor(target, device=output.device)
+    try: classes = output.argmax(-1) if target is None else torch.as_tensor(target, device=output.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError): classes = output  # which are no classes
     if classes.dtype not in (torch.int64, torch.int32) or classes.ndim and classes.shape != output.shape[:1] or not (
         0 <= classes.min() and classes.max() < output.shape[1]): raise ValueError(
         f'target {target!r} is no class: pass None, an integer from 0 to {output.shape[1]-1}, '
@@ -409,7 +411,9 @@ def _check(x, rules):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError(
         'the ledger starts at a tensor of floating-point numbers: for token ids or a dictionary, '
         'f, x = libragrad_nb.trace.as_function(model, inputs) and ledger(f, x, parts=model)')
-    if not len(x): raise ValueError('the batch is empty')
+    if not x.ndim or x.layout != torch.strided or x.is_nested or x.is_meta: raise TypeError(
+        'the ledger starts at a dense tensor [B, ...] with values')
+    if not x.numel(): raise ValueError('the batch is empty')
     if not hasattr(rule_set(rules), 'items'): raise TypeError(f'rules must be a name or a dictionary of rules, not {rules!r}')
 
 # %% ../nbs/06_ledger.ipynb #2ac8eea5

@@ -61,7 +61,7 @@ def _neutral(source, images, neutral):
             f"unknown neutral input {neutral!r}: pass " + ('a tensor of token ids' if source.data.text else "'mean' (zeros, the mean colour) or an image"))
         neutral = 0.
     try: empty = torch.as_tensor(neutral, dtype=x.dtype, device=x.device).expand_as(x).clone()
-    except RuntimeError as e: raise ValueError(f'the neutral input has shape {list(neutral.shape)}: pass one like {list(x.shape[1:])}') from e
+    except RuntimeError as e: raise ValueError(f'the neutral input has shape {list(getattr(neutral, "shape", [len(neutral)]))}: pass one like {list(x.shape[1:])}') from e
     return empty if key is None else {**images, key: empty}
 
 def _measured(target, of, score):
@@ -83,7 +83,7 @@ def caap(
     progress:bool=True,  # show a bar
 )->tuple:                # the scores as a `Question`; effects of the tokens [B, N]; scores of the empty image [B]
     "Causal Attribution via Activation Patching: what each patch, held over a range of blocks, does in a neutral image (Izadi et al. 2026)"
-    if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: at least one patch must go through the model at a time')
+    if not isinstance(batch_size, int) or batch_size < 1: raise ValueError(f'batch_size is {batch_size!r}: at least one patch must go through the model at a time')
     source = Rest(model, images, target, _measured(target, of, score))
     a, b = which_range(blocks, source)
     empty = Rest(model, _neutral(source, images, neutral), source.choice, source.of, a)

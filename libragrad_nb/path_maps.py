@@ -55,7 +55,8 @@ def sum_of_gradients(
     name='',             # of the bar
 )->torch.Tensor:         # [B, ...]
     "The weighted sum of the gradients of the score at several points"
-    if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: at least one state must go through the model at a time')
+    if not isinstance(batch_size, int) or batch_size < 1: raise ValueError(
+        f'batch_size is {batch_size!r}: a whole number of states goes through the model at a time, at least one')
     points, total, per = iter(points), 0, max(1, batch_size//len(rest))
     with torch.inference_mode(False), torch.enable_grad():
         for w in tqdm(weights.split(per), name, disable=not progress or len(weights) <= per):
@@ -81,6 +82,7 @@ def baseline_state(
         given = empty if rest.data.key is None else {**images, rest.data.key: empty}
         return Rest(rest.model, given, rest.choice, rest.of, rest.block).h
     start = torch.as_tensor(baseline, dtype=h.dtype, device=h.device).detach()
+    if not start.isfinite().all(): raise ValueError('the baseline contains NaN or infinite values')
     try: return start.expand_as(h)
     except RuntimeError as e: raise ValueError(
         f'the baseline has shape {list(start.shape)} and the states are {list(h.shape)}: pass a number, or a tensor {list(h.shape[1:])}') from e
@@ -106,7 +108,7 @@ def _path(block):
     return integrated_gradients
 
 def _places(integration, steps):
-    if integration not in integrations: raise ValueError(f'unknown integration {integration!r}: choose one of {", ".join(integrations)}')
+    if integration not in [*integrations]: raise ValueError(f'unknown integration {integration!r}: choose one of {", ".join(integrations)}')
     if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps must be a whole number, 1 or more, not {steps!r}')
     places, weights = integrations[integration](steps)
     return places.tolist(), weights
@@ -158,7 +160,7 @@ def _smooth(block, norm=False, rules='libra', noise=.02):
     )->tuple: # `Question`, tokens [B, N], unplaced [B]
         "Mean gradient over noisy copies of the input, times the input (Smilkov et al. 2017)"
         if not isinstance(samples, int) or samples < 1: raise ValueError(f'samples must be a whole number, 1 or more, not {samples!r}')
-        if not noise >= 0: raise ValueError(f'noise must be 0 or more, as a share of the range of the input, not {noise!r}')
+        if not 0 <= noise < float('inf'): raise ValueError(f'noise must be 0 or more, as a share of the range of the input, not {noise!r}')
         rest = Rest(model, images, target, of, block)
         even = torch.full((samples,), 1/samples, dtype=torch.float64)
         g = sum_of_gradients(rest, shaken(rest.h, samples, noise, seed), even, rules, batch_size, progress, 'samples')

@@ -22,10 +22,10 @@ from . import activations, attention, layernorm
 
 # %% ../nbs/07_presets.ipynb #0addbbb2
 def families(
-    rules=LIBRA, # a table of rules, or a `RuleSet`
+    rules=LIBRA, # a table of rules, a `RuleSet`, or the name of one
 )->dict:         # {family: number of entries}
     "The families of rules in a table, and how many operations and module types each covers"
-    names = [getattr(handler, 'family', None) or 'no family' for handler in rules.values()]
+    names = [getattr(handler, 'family', None) or 'no family' for handler in rule_set(rules).values()]
     return {name: names.count(name) for name in sorted(set(names) - {'unbalanced'})} # those only warn, see 06
 
 # %% ../nbs/07_presets.ipynb #d1ebe83b
@@ -67,9 +67,10 @@ def _listed(rules): return ", ".join(f"{n} {family}" for family, n in families(r
 
 # %% ../nbs/07_presets.ipynb #32e3aaf9
 def describe(
-    rules, # a `RuleSet`, or a dictionary of rules
+    rules, # a `RuleSet`, its name, or a dictionary of rules
 )->dict:   # {family: what happens to it}
     "What a set of rules does, family by family"
+    rules = rule_set(rules)
     def says(family):
         usual = [(rules.get(op), handler) for op, handler in LIBRA.items()
                  if getattr(handler, 'family', 'no family') == family]

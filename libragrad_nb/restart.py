@@ -64,7 +64,7 @@ class _Noted:
             with (start(model, self.data) as begun, in_front(tally.plan.stages, look), saved_tensors_hooks(look.keep, lambda t: t),
                   libra(model, 'plain', tally)): output = self.data.call(model, x if self.data.text else begun.fed)
             with libra(rules='plain'): score, self.target = choose(output, target, of, self.data.last())
-            _check_scores([(score, self.target)], begun)
+            begun.check(); _check_scores([(score, self.target)], len(x))
             sure = prefix_in_front(tally, begun.leaf)
             kept, sealed = (bottlenecks([score], begun.node, nodes) if sure else [] for nodes in (tally.nodes, look.twins))
         self.choice = target if callable(target) else self.target

@@ -173,12 +173,14 @@ def _patch_embedding(model):
     for m in model.modules():
         if hasattr(m, 'grid_size') and isinstance(getattr(m, 'proj', None), nn.Module): return m
 
+def _pair(size): return (size, size) if isinstance(size, int) else size and tuple(size)
+
 def _embedded_grid(model, images):
     "Rows and columns of the patch embedding: as it says, or of a convolution that cuts the image into patches; or None"
     size, embed = tuple(images.shape[-2:]), _patch_embedding(model)
     if embed is not None:
         dynamic = getattr(embed, 'dynamic_feat_size', None)
-        return tuple(dynamic(size)) if dynamic else embed.grid_size and tuple(embed.grid_size)
+        return tuple(dynamic(size)) if dynamic else _pair(embed.grid_size)
     for m in model.modules():
         cuts = isinstance(m, nn.Conv2d) and m.kernel_size == m.stride and min(m.stride) > 1
         if cuts and m.in_channels == images.shape[1]:
@@ -249,6 +251,7 @@ class Inputs:
     def call(self, model, x):
         "Run `model` with `x` in the place of what is explained"
         model = getattr(model, '_orig_mod', model) # what torch.compile was given: compiled code does not notice new hooks
+        if getattr(model, '_compiled_call_impl', None): model = model._call_impl  # the same after model.compile()
         if self.key is None: return model(x)
         own = {k: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in self.given.items()}  # caches are written to
         return model(**{**own, self.key: x})
@@ -277,8 +280,10 @@ def read_inputs(
     x = inputs if key is None else inputs[key]
     if not isinstance(x, torch.Tensor): raise TypeError(
         f'images must be a torch tensor [B, 3, H, W], not {type(x).__name__}: apply the transform of the model first')
-    if x.layout != torch.strided or x.is_meta: raise TypeError(
-        f'{x.layout} tensors on {x.device} cannot be explained: '
+    if torch._C._functorch.is_functorch_wrapped_tensor(x): raise TypeError(
+        'inside torch.vmap or torch.func nothing can be explained, as an explanation runs a backward pass of its own: pass the whole batch outside')
+    if x.is_nested or x.is_meta or x.layout != torch.strided: raise TypeError(
+        f'{"nested" if x.is_nested else x.layout} tensors on {x.device} cannot be explained: '
         'pass a dense tensor with values, e.g. images.to_dense()')
     text = x.ndim in (1, 2) and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     (_check_ids if text else _check_images)(x)
@@ -316,17 +321,27 @@ def _check_images(images):
     if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values')
 
 # %% ../nbs/09_tokens.ipynb #ff3532e4
-def _check_model(model, x, scripted=False):
-    "Mode, device and dtype of the model against its input"
+def _check_parts(model, scripted):
+    "No part may be scripted, quantised or in training mode"
     parts = list(model.named_modules())
     if not scripted and any(isinstance(m, torch.jit.ScriptModule) for _, m in parts): raise TypeError(
         'the model, or a part of it, is scripted, and the rules cannot see inside: '
         'pass the model as it was before torch.jit.script or trace')
+    integer = [name for name, m in parts if type(m).__module__.startswith('torch.') and '.quantized' in type(m).__module__]
+    if integer and not scripted: raise TypeError(f'a part of the model is quantised ({integer[0]}), and no gradient comes through integers: '
+                                                 'pass the model as it was before, or name a method that needs none, such as occlusion')
     training = [name for name, m in parts if m.training]
     if training: raise ValueError(f'the model is in training mode ({training[0] or "all of it"}), '
                                   'where dropout and batch statistics change the answer: call model.eval() first')
+
+def _check_model(model, x, scripted=False):
+    "Mode, device and dtype of the model against its input"
+    _check_parts(model, scripted)
+    for name, p in model.named_parameters():
+        if p.is_meta: raise ValueError(f'the model has no weights in {name}, only shapes (device meta): load it first')
+        if p.is_inference() and not scripted: raise ValueError(
+            'the model was made under torch.inference_mode, which rules out gradients for good: make or load it outside')
     p = next(model.parameters(), x)
-    if p.is_meta: raise ValueError('the model has no weights, only shapes (device meta): load it first')
     if p.device != x.device: raise ValueError(
         f'the model is on {p.device} and the images are on {x.device}: move one with .to({str(p.device)!r})')
     mixed = p.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
@@ -342,8 +357,8 @@ def _check_size(model, images):
     channels = getattr(proj, 'in_channels', images.shape[1])
     if images.shape[1] != channels:
         raise ValueError(f'images have {images.shape[1]} channels and the model takes {channels}')
-    size, strict = getattr(embed, 'img_size', None), getattr(embed, 'strict_img_size', True)
-    if size and strict and tuple(size) != tuple(images.shape[-2:]): raise ValueError(
+    size, strict = _pair(getattr(embed, 'img_size', None)), getattr(embed, 'strict_img_size', True)
+    if size and strict and size != tuple(images.shape[-2:]): raise ValueError(
         f'images are {images.shape[-2]}x{images.shape[-1]} and the model takes {size[0]}x{size[1]}: '
         'resize them, or create the model with dynamic_img_size=True')
 
@@ -360,9 +375,9 @@ def choose(
         if of != 'logit':
             raise ValueError("of='probability' is for classes: let the target function take the softmax itself")
         score = target(output)
-        if not isinstance(score, torch.Tensor) or score.ndim != 1: raise ValueError(
-            'the target function must return one score an image, a tensor [B], '
-            f'not {getattr(score, "shape", type(score).__name__)}')
+        if not isinstance(score, torch.Tensor) or score.ndim != 1 or score.is_complex() or score.is_meta: raise ValueError(
+            'the target function must return one score an image, a tensor [B] of real numbers, '
+            f'not {type(score).__name__} {list(getattr(score, "shape", []))}')
         return score, None
     logits = _logits(output, last)
     classes = _classes(logits, target)
@@ -390,14 +405,15 @@ def _classes(output, target):
     except (TypeError, ValueError, RuntimeError, OverflowError) as e: raise TypeError(
         f'target {target!r} is no class: '
         'pass None, an integer, a tensor of one integer per image, or a function of the output') from e
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex() or t.is_quantized:
         raise TypeError(f'target classes must be integers, not {t.dtype}')
+    t = t.long()
     if t.ndim == 0: t = t.expand(len(output))
     if t.shape != output.shape[:1]: raise ValueError(
         f'target has shape {list(t.shape)} and there are {len(output)} images: pass one class, or one per image')
     if t.min() < 0 or t.max() >= output.shape[1]: raise ValueError(
         f'target {t.unique().tolist()} is out of range: the model has classes 0 to {output.shape[1]-1}')
-    return t.long()
+    return t
 
 # %% ../nbs/09_tokens.ipynb #5e56bf67
 def contrast(

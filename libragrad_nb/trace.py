@@ -80,7 +80,7 @@ def per_image(
 )->torch.Tensor:
     "Sum of `part` for each image [B]; windows and heads folded into the batch axis are unfolded"
     if batch == 1: return part.sum()[None]
-    if part.shape[0] != batch and (part.shape[0] % batch or batch in part.shape[1:]): raise NotImplementedError(
+    if not part.ndim or part.shape[0] != batch and (part.shape[0] % batch or batch in part.shape[1:]): raise NotImplementedError(
         f'an operation with output {list(part.shape)} mixes the {batch} images of the batch: '
         'explain them one at a time')
     return part.reshape(batch, -1).sum(1)
@@ -111,7 +111,7 @@ class _States(Tally):
     def __init__(self, batch:int, plan:Layout, terms=(), real=None):
         self.batch, self.plan, self.thread, self.real = batch, plan, threading.get_ident(), real
         self.states, self.nodes, self.kept, self.first = [], [], [], None
-        self.wanted, self.held = terms, []
+        self.wanted, self.held, self.stages = terms, [], None
 
     def __call__(self, op, args, kwargs):
         if self.held and overwrites(op, args, kwargs): self.save([*args[:1], kwargs.get('out')])
@@ -142,7 +142,7 @@ class _States(Tally):
         else: yield from ((slice(i, i + 1), r.nonzero()[:, 0]) for i, r in enumerate(self.real))
 
     def note(self, g, i):
-        if i not in self.kept: return
+        if g is None or i not in self.kept: return
         k, state, (h, version) = self.kept.index(i), self.states[i], self.held[i]
         if h._version != version: raise RuntimeError(
             f'block {i} overwrote its input by an operation that torch functions do not show, so its input is gone')
@@ -173,9 +173,10 @@ class _Constants(_States):
     "Every constant by stage (0: the embedding, i+1: block i and what follows) and token"
     def where(self, args, out):
         whole = out._base if out._is_view() and out._base.requires_grad else out  # a view's own node may be replaced
-        return whole.grad_fn._sequence_nr(), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
+        return whole.grad_fn and whole.grad_fn._sequence_nr(), args[0].shape if args and isinstance(args[0], torch.Tensor) else None
 
     def add(self, g, c, where):
+        if g is None or self.stages is None: return  # an operation that passes nothing on; or a backward pass that the model itself runs
         (number, before), g = where, g.to(self.dtype)
         stage = self.stages.get(number, len(self.kept))
         near = [self.states[i] for i in self.kept[max(stage - 1, 0):stage + 1]]
@@ -301,7 +302,7 @@ def listen(
         k = carried(args, kwargs)
         if k is not None: return instead(args, kwargs, k, tally.meet(args[0] if k == 0 else kwargs[k], module))
     with ExitStack() as undo:
-        for stage in tally.plan.stages:
+        for stage in dict.fromkeys(tally.plan.stages):  # blocks may share one module
             undo.callback(hooked(stage.register_forward_pre_hook, hook, with_kwargs=True))
         yield tally
 
@@ -331,7 +332,6 @@ def prefix_in_front(tally:TokenTally, leaf):
     h, p = tally.first, tally.states[0].prefix if tally.states else 0
     if not p or tally.plan.prefix is not None: return True
     if not h.requires_grad: return False  # a checkpoint hides its graph
-    tally.clear(leaf, [])  # its hooks will fire
     v = torch.cat([torch.ones_like(h[:, :p]), torch.zeros_like(h[:, p:])], 1)
     g, = torch.autograd.grad(h, leaf, v*torch.linspace(1, 2, h.shape[-1]).to(v), retain_graph=True)
     return not g.any()
@@ -394,7 +394,8 @@ def _embeddings(model):
     "The input embedding and its twins with the same weights, or all embeddings"
     every = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     try: first = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError): return every
+    except (AttributeError, NotImplementedError): first = None
+    if first is None: return every
     return [first, *(m for m in every if m is not first and m.weight is getattr(first, 'weight', None))]
 
 @contextmanager
@@ -444,7 +445,7 @@ def trace(
             output = data.call(model, data.x if data.text else begun.fed)
         with libra(rules='plain'):  # also inside a `libra` of the caller
             scores = [choose(output, t, of, data.last()) for t in targets]
-        _check_scores(scores, begun)
+        begun.check(); _check_scores(scores, len(data.x))
         sure = prefix_in_front(tally, begun.leaf)
         kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
         return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
@@ -456,14 +457,13 @@ def _padded(data):
     return real if real is not None and real.shape == data.x.shape and not real.all() else None
 
 # %% ../nbs/10_trace.ipynb #7ccbc547
-def _check_scores(scores, begun):
+_NO_WAY = ('no operation of the model lets a gradient through from its output to the images: '
+           'it may be scripted, quantised, or run under torch.no_grad inside')
+
+def _check_scores(scores, batch):
     for score, _ in scores:
-        begun.check()
-        if not score.requires_grad: raise ValueError(
-            'no operation of the model lets a gradient through from its output to the images: '
-            'it may be scripted, quantised, or run under torch.no_grad inside')
-        if len(score) != len(begun.leaf):
-            raise ValueError(f'the target function returned {len(score)} scores for {len(begun.leaf)} images')
+        if score.grad_fn is None: raise ValueError(_NO_WAY)
+        if len(score) != batch: raise ValueError(f'the target function returned {len(score)} scores for {batch} images')
         if not score.isfinite().all(): raise ValueError(
             f'the model returned {score.tolist()} as score: its weights or its precision are broken')
 
@@ -479,7 +479,8 @@ def not_recomputed():
 
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
-    with not_recomputed(): g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last)
+    with not_recomputed(): g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last, allow_unused=True)
+    if g is None: raise ValueError(_NO_WAY)
     tally.check()
     pixels = (g*begun.leaf).detach().to(tally.dtype)
     pixels = pixels.sum(-1)[:, None] if data.text else pixels.sum(1)
