@@ -362,7 +362,11 @@ def test_memory_stays_flat(tmp_path):
 def ray():
     ray = pytest.importorskip('ray', reason='Ray is not installed: pip install "libragrad_nb[ray]"')
     pytest.importorskip('ray.data', reason='Ray Data is not installed')
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level='ERROR', runtime_env=dict(env_vars=dict(OMP_NUM_THREADS='1')))
+    for trial in range(3): # a busy machine can be too slow for it
+        try: ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level='ERROR'); break
+        except Exception:
+            ray.shutdown()
+            if trial == 2: raise
     yield ray
     ray.shutdown()
 
