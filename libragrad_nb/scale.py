@@ -485,16 +485,19 @@ def _ray_rows(part, ready, done, out):
 
 def _ray_write(columns, out): return dict(n=[write_shard(columns, out)])
 
-def _ray(concurrency, num_gpus):
-    "Ray, started, and the GPUs that each explainer has"
+def _ray():
     try: import ray, ray.data
     except ImportError as e: raise ImportError('for several GPUs or machines: pip install "libragrad_nb[ray]"') from e
+    return ray
+
+def _gpus(ray, concurrency, num_gpus):
+    "The GPUs that each explainer has"
     if not ray.is_initialized(): ray.init()
     there, most = ray.cluster_resources(), concurrency if isinstance(concurrency, int) else max(concurrency)
-    gpus = min(1, there.get('GPU', 0)) if num_gpus is None else num_gpus
-    if not gpus and most >= (cpus := int(there.get('CPU', 0))): raise ValueError(
-        f'{most} explainers would take all of the {cpus} CPUs, and nobody would read images for them: ask for fewer, or start Ray with more, ray.init(num_cpus={most + 1})')
-    return ray, gpus
+    gpus, cpus = min(1, there.get('GPU', 0)) if num_gpus is None else num_gpus, int(there.get('CPU', 0))
+    if not gpus and most >= cpus: raise ValueError(f'{most} explainers would take all of the {cpus} CPUs, and nobody would read images for them: '
+                                                   f'ask for fewer, or start Ray with more, ray.init(num_cpus={most + 1})')
+    return gpus
 
 # %% ../nbs/40_scale.ipynb #4c1aef76
 def run_on_ray(
@@ -512,9 +515,9 @@ def run_on_ray(
     **options,           # of `Explainer`
 )->Run:
     "`run` on all machines of a Ray cluster, or on this one; either can go on with the folder of the other"
-    explainer, source = Explainer(model, method, rules, **options), images_of(source, targets)
-    ray, gpus = _ray(concurrency, num_gpus)
+    ray, explainer, source = _ray(), Explainer(model, method, rules, **options), images_of(source, targets)
     with _folder_for(out, _settings(explainer, source)) as out:
+        gpus = _gpus(ray, concurrency, num_gpus)
         done, folder, start = _done(out), str(out.resolve()), time.monotonic()
         for p in out.glob('skipped*.csv'): p.unlink() # all of it is tried again
         parts = ray.data.from_items(list(source.parts), override_num_blocks=min(len(source.parts), 1000))
