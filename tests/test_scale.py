@@ -223,6 +223,11 @@ def test_the_model_fails_in_the_middle(folder, tmp_path):
     assert len(tidy(tmp_path/'out')) == 12 # three batches of four: a file of 8, and one of what was left
     assert run(folder, tmp_path/'out', model, **QUICK).explained == 8 and len(tidy(tmp_path/'out')) == 20
 
+def test_the_maps_may_lie_beside_the_images(folder, tmp_path):
+    for source in (folder, flat(tmp_path, 5)):
+        first = run(source, source/'maps', small(), **QUICK)
+        assert run(source, source/'maps', small(), **QUICK).before == first.explained > 0
+
 def test_a_full_disk(folder, tmp_path, monkeypatch):
     real, calls = pq.write_table, []
     def full(table, path):
