@@ -30,7 +30,7 @@ from .scenes import COLOURS, DIGITS, PROMPTS, VOCABULARY, Scenes, Sentences, col
 # %% ../nbs/08_zoo.ipynb #fcaccc39
 def _for_digits(model):
     "Say what images the model takes, as timm does"
-    model.pretrained_cfg = dict(input_size=(3, 64, 64), mean=(.5, .5, .5), std=(.5, .5, .5), num_classes=model.num_classes)
+    model.pretrained_cfg = dict(input_size=(3, 64, 64), mean=(.5, .5, .5), std=(.5, .5, .5), crop_pct=1., num_classes=model.num_classes)
     return model
 
 def _small_head(model):
