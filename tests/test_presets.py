@@ -54,7 +54,8 @@ def test_tangent_counts_what_the_plain_gradient_loses(op):
 @pytest.mark.parametrize('op', MODULES)
 def test_module_type_under_its_tangent(op):
     module, _, kind = op.rpartition('.')
-    m = getattr(pytest.importorskip(module), kind)().eval()
+    if not hasattr(types := pytest.importorskip(module), kind): pytest.skip(f'this version has no {op}')
+    m = getattr(types, kind)().eval()
     stock = m(X)
     assert errors(m, X, TAYLOR) < 1e-12
     torch.testing.assert_close(gradient(m, X, TAYLOR), gradient(m, X, {}), rtol=0, atol=1e-14)
