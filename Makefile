@@ -1,11 +1,13 @@
 # `make demo` and `make test` are all you need: each makes .venv on first use, and again when the requirements change.
 # PYTHON names the Python that a new .venv is made with: make test PYTHON=python3.12
+# CONSTRAINTS names a file of versions to keep to: make setup PYTHON=python3.10 CONSTRAINTS=tools/oldest.txt
 PYTHON ?= python3
+CONSTRAINTS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup lab export docs need-quarto preview clean
+.PHONY: help demo test setup lab export docs need-quarto preview clean always
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,8 +20,10 @@ test: .venv/.done ## all checks: exported modules, README, every notebook, tests
 
 setup: .venv/.done ## make .venv, with the package (editable) and its tools
 
-.venv/.done: settings.ini setup.py pyproject.toml tools/setup.sh
-	@sh tools/setup.sh "$(PYTHON)"
+always:
+
+.venv/.done: settings.ini setup.py pyproject.toml tools/setup.sh $(if $(CONSTRAINTS),always)
+	@sh tools/setup.sh "$(PYTHON)" "$(CONSTRAINTS)"
 	@touch $@
 
 lab: .venv/.done ## read and edit the notebooks in JupyterLab

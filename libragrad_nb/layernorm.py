@@ -43,10 +43,10 @@ def _layer_norm(op, input, normalized_shape, weight=None, bias=None, eps=1e-5, *
 # %% ../nbs/04_layernorm.ipynb #be5738ca
 @rule('layernorm', F.rms_norm, torch.rms_norm)
 def _rms_norm(op, input, normalized_shape, weight=None, eps=None):
-    x, groups = const(input), input.shape[:input.ndim - len(normalized_shape)]
-    if eps is None: eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    x, value, groups = const(input), op(const(input), normalized_shape, weight, eps), input.shape[:input.ndim - len(normalized_shape)]
+    if eps is None: tiny = x.new_full((1,), torch.finfo(x.dtype).tiny); eps = (tiny/op(tiny, (1,))).float()**2  # torch's own, which depends on its version
     r = _yardstick(x.reshape(*groups, -1), eps, centre=False).view(*groups, *[1]*len(normalized_shape))
-    return scale_backward(op(x, normalized_shape, weight, eps), input, r, *[] if weight is None else [weight])
+    return scale_backward(value, input, r, *[] if weight is None else [weight])
 
 @rule('layernorm', F.normalize)
 def _normalize(op, input, p=2., dim=1, eps=1e-12, **_):

@@ -19,7 +19,8 @@ def load_reader(
 )->tuple:                    # the model in evaluation mode, and its tokenizer; None where a word is a token
     "A language model to ask"
     if name in EMBEDDED: return load(name).to(device), None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try: from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as e: raise ImportError(f'{name} is a model of Hugging Face: pip install transformers') from e
     dtype = torch.float32 if str(device) == 'cpu' else torch.bfloat16
     return AutoModelForCausalLM.from_pretrained(name).eval().to(device, dtype), AutoTokenizer.from_pretrained(name)
 

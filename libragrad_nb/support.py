@@ -50,6 +50,11 @@ def settle(
     return model.eval()
 
 # %% ../nbs/22_support.ipynb #f96f574c
+class _Counting(TorchFunctionMode):
+    "Keeps real what a model counts with while it is built on `meta` (timm before 1.0.22 reads a schedule of rates)"
+    def __torch_function__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}) | (dict(device='cpu') if op is torch.linspace else {}))
+
 def smallest(
     family:str, # a module of timm, such as 'vision_transformer'
 )->str:         # name of a model
@@ -57,7 +62,7 @@ def smallest(
     sizes = {}
     for name in timm.list_models(module=family):
         try:
-            with torch.device('meta'): sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+            with torch.device('meta'), _Counting(): sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
         except Exception: continue
     if not sizes: raise ValueError(f'no model of the family {family} could be built')
     return min(sizes, key=sizes.get)

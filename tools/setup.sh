@@ -1,14 +1,16 @@
 #!/bin/sh
-# Make .venv and install this package (editable) with its tools: `make setup` calls it. Usage: tools/setup.sh [PYTHON]
+# Make .venv and install this package (editable) with its tools: `make setup` calls it. Usage: tools/setup.sh [PYTHON [CONSTRAINTS]]
 # A .venv that works is kept and completed; one that does not is made anew. No environment has to be active.
+# CONSTRAINTS, a file such as tools/oldest.txt, holds versions to keep to.
 set -eu
 cd "$(dirname "$0")/.."
-python=${1:-python3} py=.venv/bin/python log=.venv/setup.log
+python=${1:-python3} constraints=${2:-} py=.venv/bin/python log=.venv/setup.log
 unset VIRTUAL_ENV PYTHONHOME PYTHONPATH 2>/dev/null || true
 rm -f .venv/.done
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { say "$*" >&2; exit 1; }
+[ -z "$constraints" ] || [ -f "$constraints" ] || die "there is no file $constraints"
 
 make_venv() {
     command -v "$python" >/dev/null || die "there is no $python here: install Python (Debian: apt install python3 python3-venv) or name one, as in: make PYTHON=python3.12"
@@ -22,7 +24,7 @@ make_venv() {
 }
 
 # --reinstall-package: uv would not notice a change in settings.ini by itself
-uv_install() { "$py" -m uv pip install -q --python "$py" --reinstall-package libragrad_nb "$@" -e '.[dev]' 2>>"$log"; }
+uv_install() { "$py" -m uv pip install -q --python "$py" --reinstall-package libragrad_nb ${constraints:+-c "$constraints"} "$@" -e '.[dev]' 2>>"$log"; }
 
 install() {
     : >"$log"
@@ -35,7 +37,7 @@ install() {
         uv_install && return
     fi
     say "uv did not manage: installing with pip"
-    "$py" -m pip install -q -e '.[dev]' || die "the installation failed (see above; what uv said is in $log)"
+    "$py" -m pip install -q ${constraints:+-c "$constraints"} -e '.[dev]' || die "the installation failed (see above; what uv said is in $log)"
 }
 
 works() { "$py" -c 'import timm, nbdev' 2>>"$log"; }  # timm imports torch and torchvision, which must fit each other
