@@ -320,7 +320,7 @@ def record(
 def _shapes(path):
     "The shapes of the weights in a safetensors file, by name; of other files nothing is read"
     if os.path.splitext(path)[1].lower() != '.safetensors': raise ValueError(
-        f'weights are read from .safetensors only, and not from {path!r}, as such files can run code when they are opened. Where you trust it, convert it once:\n'
+        f'{path!r} is not opened: weights are read from .safetensors files, as others can run code. Where you trust it, convert it once:\n'
         f"    weights = torch.load({path!r}, map_location='cpu', weights_only=True)\n"
         f"    safetensors.torch.save_file(weights, {os.path.splitext(path)[0] + '.safetensors'!r})")
     try:
@@ -333,7 +333,7 @@ def _from_file(name, checkpoint):
     shapes, cfg = _shapes(path), None if ':' in name else timm.get_pretrained_cfg(name)
     head = shapes.get(f'{cfg.classifier}.weight') if cfg else None
     try: return timm.create_model(name, checkpoint_path=path, **(dict(num_classes=head[0]) if head else {}))
-    except RuntimeError as e: raise ValueError(f'the weights in {path!r} do not fit {name}: {" ".join(str(e).split())[:300]}') from e
+    except RuntimeError as e: raise ValueError(f'the weights in {path!r} do not fit {name}: {" ".join(str(e).split())[:200]} ...') from e
 
 # %% ../nbs/08_zoo.ipynb #236ee7b5
 def _from_timm(name, checkpoint=None):
