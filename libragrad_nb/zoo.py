@@ -305,6 +305,7 @@ def load(
 )->nn.Module: # on the CPU
     "A model with its trained weights, in evaluation mode; never with random ones"
     if name not in EMBEDDED: return _from_timm(name, checkpoint).eval()
+    if checkpoint is not None: raise ValueError(f'{name} has weights of its own: a checkpoint is for models of timm')
     model = EMBEDDED[name].build()
     model.load_state_dict({k: v.float() for k, v in load_file(_file(name, folder)).items()})
     return model.eval()
