@@ -150,22 +150,28 @@ def slices(ids, pictures:int)->list:
     return [slice(a, b) for a, b in zip(cuts, cuts[1:])]
 
 # %% ../nbs/21_benchmark.ipynb #931e3c77
-def _fingerprint(model, source):
-    "A few letters that change when a weight or a picture does"
-    h = hashlib.sha256('\n'.join(map(str, source.ids)).encode())
+def _fingerprint(model, ids=()):
+    "A few letters that change when a weight or an id does"
+    h = hashlib.sha256('\n'.join(map(str, ids)).encode())
     for name, v in model.state_dict().items(): h.update(name.encode()); h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-def _write(path, write):
-    "Write a file whole or not at all"
-    part = path.with_name(path.name + '.part'); write(part); os.replace(part, path)
+def _to_disk(path, flags):
+    file = os.open(path, flags)
+    try: os.fsync(file)
+    finally: os.close(file)
 
-def _same(out, settings, tasks):
-    "Note what the folder holds, or say how it differs"
-    path = out/'benchmark.json'
+def _write(path, write):
+    "Write a file whole or not at all, also when the power fails"
+    part = path.with_name(path.name + '.part'); write(part)
+    _to_disk(part, os.O_RDWR); os.replace(part, path)
+    if os.name == 'posix': _to_disk(path.parent, os.O_RDONLY) # the new name
+
+def _same(path, settings, tasks={}):
+    "Note what a folder holds in a file there, or say how it differs"
     old = json.loads(path.read_text()) if path.exists() else dict(settings=settings, tasks={})
     differs = [k for k in settings if old['settings'].get(k) != settings[k]] + [k for k, v in tasks.items() if old['tasks'].get(k, v) != v]
-    if differs: raise ValueError(f'{out} holds results with other {", ".join(differs)}: choose another folder, or delete this one')
+    if differs: raise ValueError(f'{path.parent} holds results with other {", ".join(differs)}: choose another folder, or delete this one')
     made = dict(torch=torch.__version__, timm=timm.__version__, machine=platform.machine(), python=platform.python_version())
     _write(path, lambda p: p.write_text(json.dumps(dict(settings=settings, tasks={**old['tasks'], **tasks}, made=made), indent=1)))
 
@@ -187,7 +193,7 @@ def benchmark(
     out = Path(out); (out/'parts').mkdir(parents=True, exist_ok=True)
     runs, sets = plan_of(methods, rules, ablations)
     settings = json.loads(json.dumps(dict(methods=list(methods), rules=list(rules), ablations=ablations, options=options, fractions=list(fractions), pictures=pictures)))
-    _same(out, settings, {' '.join(k): _fingerprint(*t) for k, t in tasks.items()})
+    _same(out/'benchmark.json', settings, {' '.join(k): _fingerprint(model, source.ids) for k, (model, source) in tasks.items()})
     todo, able = [(k, i, s) for k, (_, source) in tasks.items() for i, s in enumerate(slices(source.ids, pictures))], {}
     with tqdm(total=len(todo), disable=not progress, unit='part') as bar:
         for k, i, s in todo:

@@ -7,7 +7,7 @@ __all__ = ['Examples', 'digit_examples', 'prompt_examples', 'recall_examples', '
 
 # %% ../nbs/20b_examples.ipynb #21b96cf1
 import io, math, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -96,15 +96,20 @@ def recall_examples(
 # %% ../nbs/20b_examples.ipynb #f989fb19
 _FORMATS = 'JPEG PNG GIF BMP WEBP TIFF PPM JPEG2000 AVIF HEIF'.split() # those that can run programs are not among them
 
+def _stored(file):
+    "What is in a file, not decoded yet"
+    if isinstance(file, Image.Image): return nullcontext(file) # it stays open
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=[f for f in _FORMATS if f in Image.OPEN])
+
 @contextmanager
 def _decoded(file):
-    "An image file as it was stored, decoded; whatever goes wrong is a ValueError"
-    name = f'a file of {len(file)} bytes' if isinstance(file, bytes) else str(file)
-    say = lambda what: ValueError(f'{name} {what}')
+    "An image as it was stored, decoded; whatever goes wrong is a ValueError"
+    def say(what): return ValueError(f'{_called(file)} {what}')
     Image.init()
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
+        with _stored(file) as image:
             if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf): raise Image.DecompressionBombError
+            if max(image.size) > 100*min(image.size): raise NotImplementedError(f'has {image.width} x {image.height} pixels, a line rather than a picture: cut it to pieces')
             image.load()
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
@@ -112,8 +117,10 @@ def _decoded(file):
     except UnidentifiedImageError as e: raise say(f'is no image, or of a kind that is not read: save it as one of {", ".join(_FORMATS)}') from e
     except NotImplementedError as e: raise say(str(e)) from e
     except Exception as e:
-        if isinstance(e, OSError) and e.errno: raise  # there is no such file, or it may not be read
+        if isinstance(e, OSError) and e.errno: raise # there is no such file, or it may not be read
         raise say(f'is damaged ({str(e) or type(e).__name__}): copy it again, or leave it out') from e
+
+def _called(file): return f'a file of {len(file)} bytes' if isinstance(file, bytes) else f'an image of mode {file.mode}' if isinstance(file, Image.Image) else str(file)
 
 # %% ../nbs/20b_examples.ipynb #943b5878
 def _eight_bits(image):
@@ -146,13 +153,15 @@ def _upright(image, stored):
 
 # %% ../nbs/20b_examples.ipynb #2326c8f7
 def read_image(
-    file, # a path, or the bytes of a file
+    file, # a path, the bytes of a file, or a PIL image
 )->Image.Image: # RGB
     "An image file as you see it: the first frame, upright, transparency on white, 16 bits scaled to 8; else a ValueError that says why not"
-    with _decoded(file) as image: return _upright(_rgb(image), image)
+    with _decoded(file) as image: found = _upright(_rgb(image), image)
+    found.info = {} # so that nobody turns it again
+    return found
 
 # %% ../nbs/20b_examples.ipynb #459689d2
-IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff'}
+IMAGES = set('.jpg .jpeg .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif .heic .heif'.split())
 
 def class_numbers(model)->dict:
     "Class index by name (WordNet ids), where timm knows the model's classes"
