@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'receipt', 'explain_command', 'ledger_command', 'run_command', 'bench_command', 'support_command',
            'demo_command', 'main']
 
-# %% ../nbs/41_cli.ipynb #073e289f
+# %% ../nbs/41_cli.ipynb #0b13b3ad
 import argparse, base64, html, io, json, os, re, sys, textwrap, traceback, warnings
 from ast import literal_eval
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-# %% ../nbs/41_cli.ipynb #06bf724e
+# %% ../nbs/41_cli.ipynb #1bbe5048
 import numpy as np
 import pandas as pd
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-# %% ../nbs/41_cli.ipynb #0a222a27
+# %% ../nbs/41_cli.ipynb #ce2beca6
 from . import __version__
 from .colours import as_png, plain_text, written
 from .core import rule_set, rule_sets
@@ -36,7 +36,7 @@ from .plot import grid
 from .presets import without
 from .scenes import PROMPTS, coloured_scenes, scenes
 
-# %% ../nbs/41_cli.ipynb #e978954f
+# %% ../nbs/41_cli.ipynb #315c1707
 class Mistake(Exception):
     "The command line asks for what there is not"
 
@@ -46,20 +46,20 @@ def _asked():
     try: yield
     except (ValueError, TypeError, FileNotFoundError) as e: raise Mistake(_sentence(e)) from e
 
-def _clean(text):
+def _clean(text, also=''):
     "Text that a terminal can show, whatever a file is called"
-    return ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in str(text))
+    return ''.join(c if c.isprintable() or c in also else ascii(c)[1:-1] for c in str(text))
 
-def _say(text): tqdm.write(_clean(text), file=sys.stderr) # goes well with bars
+def _say(text): tqdm.write(_clean(text, '\n'), file=sys.stderr) # goes well with bars
 
-# %% ../nbs/41_cli.ipynb #258daf7c
+# %% ../nbs/41_cli.ipynb #1d50cbcb
 _SAID = Mistake, ValueError, TypeError, NotImplementedError, ImportError, RuntimeError  # their words are meant for people
 
 def _sentence(e):
     "What went wrong, in words"
     if isinstance(e, KeyboardInterrupt): return f'interrupted: {e}' if str(e) else 'interrupted'
     if isinstance(e, OSError) and e.strerror: return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
-    if isinstance(e, (Mistake, ValueError)): return str(e)
+    if isinstance(e, (Mistake, ValueError, OSError)): return str(e)
     return ('' if isinstance(e, _SAID) else f'{type(e).__name__} (--debug shows where): ') + ' '.join(str(e).split())[:500]
 
 def _nobody_reads():
@@ -67,16 +67,19 @@ def _nobody_reads():
     with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
 
-# %% ../nbs/41_cli.ipynb #6d8be613
+# %% ../nbs/41_cli.ipynb #9b1c11ba
+def _exit_code(work):
+    try: return work() or 0
+    except SystemExit as e: # argparse ends so, after --help too
+        if isinstance(e.code, str): _say(e.code)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+
 def _ended(work, name, debug=False):
     "Run a piece of work to its exit code; what goes wrong is a sentence on stderr"
     try:
-        code = work() or 0
+        code = _exit_code(work)
         sys.stdout.flush()
         return code
-    except SystemExit as e:
-        if isinstance(e.code, str): _say(e.code)
-        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except BrokenPipeError: return _nobody_reads()
     except (Exception, KeyboardInterrupt) as e:
         if debug: traceback.print_exc()
@@ -92,7 +95,7 @@ def _spoken(quiet):
         warnings.showwarning = lambda message, *where, **more: _say(f'warning: {message}')
         yield
 
-# %% ../nbs/41_cli.ipynb #e18b4d10
+# %% ../nbs/41_cli.ipynb #c516ad0f
 def _started(parser, work, args):
     "Read the arguments and do the work, to its exit code"
     args = sys.argv[1:] if args is None else [str(a) for a in args]
@@ -101,7 +104,7 @@ def _started(parser, work, args):
         with _spoken(o.quiet): return work(o)
     return _ended(run, parser.prog, '--debug' in args)
 
-# %% ../nbs/41_cli.ipynb #b701261b
+# %% ../nbs/41_cli.ipynb #5633d297
 def _all_methods(): return textwrap.fill(', '.join(methods), 96, initial_indent='  ', subsequent_indent='  ')
 
 def _parser(name, about, examples, listed=True):
@@ -119,7 +122,7 @@ def _model_options(p, required=False):
     p.add_argument('--checkpoint', metavar='FILE', help='weights for a model of timm, in a .safetensors file')
     p.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: cuda where there is one)')
 
-# %% ../nbs/41_cli.ipynb #3f284326
+# %% ../nbs/41_cli.ipynb #ec45fa7c
 def _picture_options(p):
     p.add_argument('image', nargs='*', metavar='IMAGE', help='image files, and folders of them')
     p.add_argument('--scenes', type=_count, metavar='N', help='instead of images: draw N scenes of digits')
@@ -138,7 +141,7 @@ def _count(text):
     if (n := int(text)) < 1: raise argparse.ArgumentTypeError(f'{text} is less than 1')
     return n
 
-# %% ../nbs/41_cli.ipynb #58c3d892
+# %% ../nbs/41_cli.ipynb #861f1aaa
 def _rules(names):
     "Rule sets by the names that were given; None: what suits the method"
     with _asked():
@@ -157,7 +160,7 @@ def _options(pairs, names):
     if wrong := set(given) - set(known): raise Mistake(f'no option {", ".join(sorted(wrong))}: ' + (f'there are {", ".join(known)}' if known else 'these methods have none'))
     return dict.fromkeys({'progress'} & set(known), False) | given
 
-# %% ../nbs/41_cli.ipynb #ca33a4cb
+# %% ../nbs/41_cli.ipynb #4b5d83ef
 def _words(model):
     "What the classes are called, by number; empty where nobody knows"
     if hasattr(model, 'prompts'): return dict(enumerate(model.prompts))
@@ -175,7 +178,7 @@ def _class(text, model, words):
         close = get_close_matches(text.lower(), by_word, 3)
         raise Mistake(f'no class {text!r}: did you mean {", ".join(close)}?' if close else str(e)) from e
 
-# %% ../nbs/41_cli.ipynb #1a472753
+# %% ../nbs/41_cli.ipynb #fc8c1b38
 def _loaded(name, checkpoint=None):
     "A model by name, which takes images"
     from libragrad_nb.zoo import load
@@ -197,7 +200,7 @@ def _device(name):
     try: return torch.empty(0, device=name or ('cuda' if torch.cuda.is_available() else 'cpu')).device
     except (RuntimeError, AssertionError) as e: raise Mistake(f'no device {name!r} here: {_sentence(e)}') from e
 
-# %% ../nbs/41_cli.ipynb #e2ed754f
+# %% ../nbs/41_cli.ipynb #63031a88
 @dataclass
 class Picture:
     "An image that waits to be read"
@@ -215,7 +218,7 @@ def _read(path, transform):
     if path.is_dir(): raise ValueError(f'{path} is a folder without images')
     return transform(read_image(path))
 
-# %% ../nbs/41_cli.ipynb #b846e02a
+# %% ../nbs/41_cli.ipynb #db084022
 def _drawn(o, model):
     "Scenes in the size and the colours of the model"
     prompted = hasattr(model, 'prompts')
@@ -232,7 +235,7 @@ def _pictures(o, model):
     transform, _ = _transforms(model)
     return [Picture(str(p), partial(_read, p, transform)) for p in _files(o.image)]
 
-# %% ../nbs/41_cli.ipynb #7bada4f2
+# %% ../nbs/41_cli.ipynb #7fb12d3b
 def _batches(pictures, size, refused, progress=True):
     "A few pictures at a time, and their images [B, 3, H, W]; what cannot be read goes to `refused`"
     with tqdm(total=len(pictures), unit='image', disable=None if progress else True) as bar:
@@ -246,7 +249,7 @@ def _batches(pictures, size, refused, progress=True):
             if read: yield [p for p, _ in read], torch.stack([x for _, x in read])
             bar.update(min(size, len(pictures) - k))
 
-# %% ../nbs/41_cli.ipynb #9c64762e
+# %% ../nbs/41_cli.ipynb #a235c766
 @dataclass
 class Answer:
     "All maps of one picture"
@@ -263,7 +266,7 @@ class Answer:
         return [a for maps in self.maps.values() for a in maps.values()]
     def rows(self): return [dict(image=self.picture.name, **receipt(a, self.i, self.says, self.words)) for a in self.each]
 
-# %% ../nbs/41_cli.ipynb #95646a0c
+# %% ../nbs/41_cli.ipynb #934d04a7
 def receipt(
     a,              # an `Attribution`
     i:int=0,        # which of its images
@@ -278,7 +281,7 @@ def receipt(
     said = {} if says is None else dict(predicted=says.argmax().item(), probability=says[target].item())
     return dict(target=target, name=words.get(target), **said, method=a.method, rules=a.rules, score=a.score[i].item()) | {k: number(v) if account else None for k, v in parts.items()}
 
-# %% ../nbs/41_cli.ipynb #e02ae2af
+# %% ../nbs/41_cli.ipynb #168f167e
 def _targets(asked, model, words, pictures):
     "Which classes to explain, as `explain` takes them, for a batch of pictures"
     out = []
@@ -297,7 +300,7 @@ def _answers(model, pictures, x, o, rules, options, words):
     found = {(t, r): maps for r, rule in enumerate(rules) for t, maps in enumerate(explain(model, x, targets, names, rule, o.of, **options))}
     return [Answer(p, i, {k: found[k] for k in sorted(found)}, says, words) for i, (p, says) in enumerate(zip(pictures, _says(model, x)))]
 
-# %% ../nbs/41_cli.ipynb #6252fc46
+# %% ../nbs/41_cli.ipynb #2860d0a1
 def _figure(answer):
     "The picture and all of its maps, a row for each target and each rule set"
     i, keys = answer.i, list(answer.maps)
@@ -326,7 +329,7 @@ def _png(answers):
     whole.save(out, 'PNG', optimize=True)
     return out.getvalue()
 
-# %% ../nbs/41_cli.ipynb #fc808749
+# %% ../nbs/41_cli.ipynb #72d7fe9b
 def _arrays(answers):
     "What goes into an .npz file; METHOD/RULES/ in front of every name where there are several"
     groups = {}
@@ -341,7 +344,7 @@ def _arrays(answers):
         out |= {front + 'image': np.array([_clean(answer.picture.name) for answer, _ in found]), front + 'method': first.method, front + 'rules': first.rules}
     return out
 
-# %% ../nbs/41_cli.ipynb #dfce19fe
+# %% ../nbs/41_cli.ipynb #7f07e2f4
 PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}h2{{margin-top:2.5rem;overflow-wrap:anywhere}}
 img{{max-width:100%;background:#fff}}div{{overflow-x:auto}}table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}
@@ -356,12 +359,14 @@ no owner; these four add up to the score. Methods whose maps have no unit have n
 HEADS = dict(target='target', probability='probability', method='method', rules='rules', score='score', on_the_map='on the map', prefix='prefix', unplaced='unplaced',
              completeness_error='completeness error')
 
-# %% ../nbs/41_cli.ipynb #02dffa81
+# %% ../nbs/41_cli.ipynb #76699e28
+def _amount(v): return f'{v:.3f}' if abs(v) >= 5e-4 or v == 0 else f'{v:.0e}'
+
 def _shown(row, heads=HEADS):
     "A row of a receipt in words"
     def text(k, v):
         if v is None: return ''
-        return f'{v:.1e}' if k == 'completeness_error' else f'{v:.1%}' if k == 'probability' else f'{v:.3f}' if isinstance(v, float) else str(v)
+        return f'{v:.1%}' if k == 'probability' else _amount(v) if isinstance(v, float) else str(v)
     return {heads[k]: text(k, row[k]) + (f' {row["name"].split(",")[0]}' if k == 'target' and row.get('name') else '') for k in heads if k in row}
 
 def _picture_of(png, alt): return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -381,7 +386,7 @@ def _explained(answers, facts):
                 + _picture_of(as_png(_figure(a), 110), f'maps of {_clean(a.picture.name)}') + _table(map(_shown, a.rows())))
     return _page(f'What {facts["model"]} looks at', HOW + ''.join(map(section, answers)), facts)
 
-# %% ../nbs/41_cli.ipynb #444b2536
+# %% ../nbs/41_cli.ipynb #b31fc709
 KINDS = 'png', 'npz', 'html'
 
 def _place(o):
@@ -408,16 +413,16 @@ def _unused(name, taken):
     taken.add(name.lower())
     return name
 
-# %% ../nbs/41_cli.ipynb #a441f39b
+# %% ../nbs/41_cli.ipynb #e58cdafa
 def _facts(command, model):
     from libragrad_nb.support import versions
     return dict(command=command, model=model, versions=dict(libragrad_nb=__version__, **versions()))
 
 def _print_json(document): print(json.dumps(document, indent=1, allow_nan=False))
 
-def _print_table(rows): print(_clean(pd.DataFrame(rows).to_string(index=False)))
+def _print_table(rows): print(pd.DataFrame(rows).to_string(index=False))
 
-# %% ../nbs/41_cli.ipynb #28f0ea68
+# %% ../nbs/41_cli.ipynb #92ba2a24
 def _explain(o):
     "The work of `libragrad-explain`, to its exit code"
     place, rules, options = _place(o), _rules(o.rules), _options(o.option, o.method or [])
@@ -437,12 +442,12 @@ def _explain(o):
     return int(bool(refused))
 
 def _tell(rows, wrote, place):
-    if rows: _print_table([dict(image=r['image']) | _shown(r) for r in rows])
+    if rows: _print_table([dict(image=_clean(r['image'])) | _shown(r) for r in rows])
     if len(wrote) > 3: print(f'\nwrote {len(wrote)} files into {_clean(place[0])}')
     elif wrote: print('\nwrote', *map(_clean, wrote))
     elif rows: _say('\n(--out maps.png, maps.npz or maps.html keeps the maps)')
 
-# %% ../nbs/41_cli.ipynb #6370eccd
+# %% ../nbs/41_cli.ipynb #d0a0325f
 def explain_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -459,7 +464,7 @@ def explain_command(
     p.add_argument('--format', choices=KINDS, help='of the files in the folder --out (default: png)')
     return _started(p, _explain, args)
 
-# %% ../nbs/41_cli.ipynb #9e61181c
+# %% ../nbs/41_cli.ipynb #d89ac93e
 def _booked(o):
     "Ledgers of all images together, by the name of the rule set; and what was refused"
     model, refused = _model(o), []
@@ -478,12 +483,12 @@ def _missing(sheets, by):
             ((f'{r}: missing', f'{t.residual[name]:+.2g}'), (f'{r}: share', f'{t.share[name]:+.1%}' if abs(t.share[name]) >= 5e-4 else '0%'))} for name in first.index]
     return rows
 
-# %% ../nbs/41_cli.ipynb #ce2010cd
+# %% ../nbs/41_cli.ipynb #5c20c968
 def _records(sheets, by): return pd.concat([s.by(by).reset_index().assign(rules=r) for r, s in sheets.items()], ignore_index=True)
 
 def _totals(sheets): return [dict(rules=r, score=s.score, input=s.attribution, constants=s.constants, completeness_error=s.completeness_error) for r, s in sheets.items()]
 
-def _totals_shown(sheets): return [{k.replace('_', ' '): f'{v:.1e}' if k == 'completeness_error' else f'{v:.4f}' if isinstance(v, float) else v for k, v in t.items()} for t in _totals(sheets)]
+def _totals_shown(sheets): return [{k.replace('_', ' '): _amount(v) if isinstance(v, float) else v for k, v in t.items()} for t in _totals(sheets)]
 
 def _write_ledger(path, kind, sheets, by, facts):
     figure = water_level(*sheets.values(), width=8)
@@ -493,7 +498,7 @@ def _write_ledger(path, kind, sheets, by, facts):
                        + _table(_totals_shown(sheets)) + f'<h2>Missing, by {by}</h2>' + _table(_missing(sheets, by)), facts)
     with written(path, (kind,)) as (f, _): f.write(data)
 
-# %% ../nbs/41_cli.ipynb #c447cec4
+# %% ../nbs/41_cli.ipynb #3226ef1e
 def _ledger(o):
     "The work of `libragrad-ledger`, to its exit code"
     kind = o.out.rsplit('.', 1)[-1].lower() if o.out else None
@@ -507,7 +512,7 @@ def _ledger(o):
         if o.out: print('\nwrote', _clean(o.out))
     return int(bool(refused))
 
-# %% ../nbs/41_cli.ipynb #79c97813
+# %% ../nbs/41_cli.ipynb #d5fe97c8
 def ledger_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -523,21 +528,22 @@ def ledger_command(
     p.add_argument('--out', metavar='FILE', help='a table (.csv), the water level (.png), or a page of both (.html)')
     return _started(p, _ledger, args)
 
-# %% ../nbs/41_cli.ipynb #4d62f455
+# %% ../nbs/41_cli.ipynb #9642a855
 def _run(o):
     "The work of `libragrad-run`, to its exit code"
-    from libragrad_nb.scale import run, images_of
-    rule, options = _rules(o.rules and [o.rules])[0], _options(o.option, [o.method] if o.method else [])
-    _device(o.device)
+    from libragrad_nb.scale import run, run_on_ray
+    rules, options, device = _rules(o.rules and [o.rules])[0], _options(o.option, [o.method] if o.method else []), _device(o.device)
     model = partial(_loaded, o.model, o.checkpoint) if o.checkpoint or o.model == 'clip_digits' else o.model
-    with _asked(): done = run(images_of(o.source, not o.predicted), o.out, model, o.method, rule, o.batch_size, o.shard_size, o.workers, not o.quiet, device=o.device, **options)
-    if o.json: _print_json(dict(**_facts('libragrad-run', o.model), out=str(done.out), explained=done.explained, before=done.before, seconds=done.seconds, refused=[dict(image=i, why=w) for i, w in done.skipped.items()]))
+    how = dict(batch_size=o.batch_size, shard_size=o.shard_size, targets=not o.predicted, progress=not o.quiet and sys.stderr.isatty(), device=str(device), **options)
+    with _asked(): done = run_on_ray(o.source, o.out, model, o.method, rules, concurrency=o.ray, **how) if o.ray else run(o.source, o.out, model, o.method, rules, workers=o.workers, **how)
+    refused = [dict(image=i, why=why) for i, why in done.skipped.items()]
+    if o.json: _print_json(dict(**_facts('libragrad-run', o.model), out=str(done.out), explained=done.explained, before=done.before, seconds=done.seconds, refused=refused))
     elif not o.quiet: print(_clean(f'{done.explained} images explained, {done.before} were there before: {done.out}'))
-    for i, why in list(done.skipped.items())[:10]: _say(f'left out: {i}: {why}')
-    if len(done.skipped) > 10: _say(f'and {len(done.skipped) - 10} more, see {done.out/"skipped.csv"}')
-    return int(bool(done.skipped))
+    for r in refused[:10]: _say('left out: ' + (r['why'] if r['image'] in r['why'] else f'{r["image"]}: {r["why"]}'))
+    if len(refused) > 10: _say(f'and {len(refused) - 10} more, see {done.out}/skipped.csv')
+    return int(bool(refused))
 
-# %% ../nbs/41_cli.ipynb #5a235d4c
+# %% ../nbs/41_cli.ipynb #9e626f7c
 def run_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -555,9 +561,10 @@ def run_command(
     p.add_argument('--predicted', action='store_true', help='explain the classes that the model predicts, not those that the source names')
     for name, n, what in (('batch-size', 32, 'images at a time'), ('shard-size', 512, 'maps in a file, at least'), ('workers', 4, 'threads that read ahead')):
         p.add_argument(f'--{name}', type=_count, default=n, metavar='N', help=f'{what} (default: {n})')
+    p.add_argument('--ray', type=_count, metavar='N', help='N explainers at work with Ray, on the cluster that it is told of, or on this machine')
     return _started(p, _run, args)
 
-# %% ../nbs/41_cli.ipynb #9c9c2a35
+# %% ../nbs/41_cli.ipynb #0b42f430
 def bench_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -582,17 +589,19 @@ def _module(name, module, args):
     if '--version' in args: print(f'libragrad-{name} {__version__}'); return 0
     return _ended(lambda: import_module(f'libragrad_nb.{module}').main(args), f'libragrad-{name}')
 
-# %% ../nbs/41_cli.ipynb #b6d29c16
+# %% ../nbs/41_cli.ipynb #5d3b460b
 COMMANDS = dict(explain=explain_command, ledger=ledger_command, run=run_command, bench=bench_command, support=support_command, demo=demo_command)
 
 def main(
     args:list=None, # the name of a command without libragrad-, and its arguments; None: those of this process
 )->int:             # exit code
     "All commands behind one name, `python -m libragrad_nb.cli explain --help`"
-    name, *rest = sys.argv[1:] if args is None else args or ['']
+    name, *rest = (sys.argv[1:] if args is None else args) or ['--help']
     if name in COMMANDS: return COMMANDS[name](rest)
-    print(f'no command {name!r}:' if name not in ('', '-h', '--help') else 'usage: python -m libragrad_nb.cli COMMAND ..., or libragrad-COMMAND ...', file=sys.stderr if name else sys.stdout)
+    listed = '\n'.join(f'  libragrad-{k:<9} {f.__doc__.split(";")[0]}' for k, f in COMMANDS.items())
+    if name in ('-h', '--help'): print(f'usage: libragrad-COMMAND ..., or python -m libragrad_nb.cli COMMAND ...\n\n{listed}'); return 0
+    _say(f'no command {name!r}: there are\n{listed}')
     return 2
 
-# %% ../nbs/41_cli.ipynb #9d7c54e9
+# %% ../nbs/41_cli.ipynb #a817aa41
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
