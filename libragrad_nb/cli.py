@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'receipt', 'explain_command', 'ledger_command', 'run_command', 'bench_command', 'support_command',
            'demo_command', 'main']
 
-# %% ../nbs/41_cli.ipynb #0b13b3ad
+# %% ../nbs/41_cli.ipynb #1e210c77
 import argparse, base64, html, io, json, os, re, sys, textwrap, traceback, warnings
 from ast import literal_eval
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-# %% ../nbs/41_cli.ipynb #1bbe5048
+# %% ../nbs/41_cli.ipynb #b464eb6c
 import numpy as np
 import pandas as pd
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-# %% ../nbs/41_cli.ipynb #ce2beca6
+# %% ../nbs/41_cli.ipynb #2d375092
 from . import __version__
 from .colours import as_png, plain_text, written
 from .core import rule_set, rule_sets
@@ -36,7 +36,7 @@ from .plot import grid
 from .presets import without
 from .scenes import PROMPTS, coloured_scenes, scenes
 
-# %% ../nbs/41_cli.ipynb #315c1707
+# %% ../nbs/41_cli.ipynb #22e0fe6f
 class Mistake(Exception):
     "The command line asks for what there is not"
 
@@ -52,7 +52,7 @@ def _clean(text, also=''):
 
 def _say(text): tqdm.write(_clean(text, '\n'), file=sys.stderr) # goes well with bars
 
-# %% ../nbs/41_cli.ipynb #1d50cbcb
+# %% ../nbs/41_cli.ipynb #cd140a9e
 _SAID = Mistake, ValueError, TypeError, NotImplementedError, ImportError, RuntimeError  # their words are meant for people
 
 def _sentence(e):
@@ -67,7 +67,7 @@ def _nobody_reads():
     with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
 
-# %% ../nbs/41_cli.ipynb #9b1c11ba
+# %% ../nbs/41_cli.ipynb #b1dc922c
 def _exit_code(work):
     try: return work() or 0
     except SystemExit as e: # argparse ends so, after --help too
@@ -95,7 +95,7 @@ def _spoken(quiet):
         warnings.showwarning = lambda message, *where, **more: _say(f'warning: {message}')
         yield
 
-# %% ../nbs/41_cli.ipynb #c516ad0f
+# %% ../nbs/41_cli.ipynb #33f21130
 def _started(parser, work, args):
     "Read the arguments and do the work, to its exit code"
     args = sys.argv[1:] if args is None else [str(a) for a in args]
@@ -104,7 +104,7 @@ def _started(parser, work, args):
         with _spoken(o.quiet): return work(o)
     return _ended(run, parser.prog, '--debug' in args)
 
-# %% ../nbs/41_cli.ipynb #5633d297
+# %% ../nbs/41_cli.ipynb #ca547aa7
 def _all_methods(): return textwrap.fill(', '.join(methods), 96, initial_indent='  ', subsequent_indent='  ')
 
 def _parser(name, about, examples, listed=True):
@@ -122,7 +122,7 @@ def _model_options(p, required=False):
     p.add_argument('--checkpoint', metavar='FILE', help='weights for a model of timm, in a .safetensors file')
     p.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: cuda where there is one)')
 
-# %% ../nbs/41_cli.ipynb #ec45fa7c
+# %% ../nbs/41_cli.ipynb #4c9bb37f
 def _picture_options(p):
     p.add_argument('image', nargs='*', metavar='IMAGE', help='image files, and folders of them')
     p.add_argument('--scenes', type=_count, metavar='N', help='instead of images: draw N scenes of digits')
@@ -141,7 +141,7 @@ def _count(text):
     if (n := int(text)) < 1: raise argparse.ArgumentTypeError(f'{text} is less than 1')
     return n
 
-# %% ../nbs/41_cli.ipynb #861f1aaa
+# %% ../nbs/41_cli.ipynb #88304d8d
 def _rules(names):
     "Rule sets by the names that were given; None: what suits the method"
     with _asked():
@@ -160,7 +160,7 @@ def _options(pairs, names):
     if wrong := set(given) - set(known): raise Mistake(f'no option {", ".join(sorted(wrong))}: ' + (f'there are {", ".join(known)}' if known else 'these methods have none'))
     return dict.fromkeys({'progress'} & set(known), False) | given
 
-# %% ../nbs/41_cli.ipynb #4b5d83ef
+# %% ../nbs/41_cli.ipynb #3aa3f888
 def _words(model):
     "What the classes are called, by number; empty where nobody knows"
     if hasattr(model, 'prompts'): return dict(enumerate(model.prompts))
@@ -178,7 +178,7 @@ def _class(text, model, words):
         close = get_close_matches(text.lower(), by_word, 3)
         raise Mistake(f'no class {text!r}: did you mean {", ".join(close)}?' if close else str(e)) from e
 
-# %% ../nbs/41_cli.ipynb #fc8c1b38
+# %% ../nbs/41_cli.ipynb #6c117dc7
 def _loaded(name, checkpoint=None):
     "A model by name, which takes images"
     from libragrad_nb.zoo import load
@@ -200,7 +200,7 @@ def _device(name):
     try: return torch.empty(0, device=name or ('cuda' if torch.cuda.is_available() else 'cpu')).device
     except (RuntimeError, AssertionError) as e: raise Mistake(f'no device {name!r} here: {_sentence(e)}') from e
 
-# %% ../nbs/41_cli.ipynb #63031a88
+# %% ../nbs/41_cli.ipynb #9c0281cd
 @dataclass
 class Picture:
     "An image that waits to be read"
@@ -218,7 +218,7 @@ def _read(path, transform):
     if path.is_dir(): raise ValueError(f'{path} is a folder without images')
     return transform(read_image(path))
 
-# %% ../nbs/41_cli.ipynb #db084022
+# %% ../nbs/41_cli.ipynb #26a480f8
 def _drawn(o, model):
     "Scenes in the size and the colours of the model"
     prompted = hasattr(model, 'prompts')
@@ -235,7 +235,7 @@ def _pictures(o, model):
     transform, _ = _transforms(model)
     return [Picture(str(p), partial(_read, p, transform)) for p in _files(o.image)]
 
-# %% ../nbs/41_cli.ipynb #7fb12d3b
+# %% ../nbs/41_cli.ipynb #4ba8b654
 def _batches(pictures, size, refused, progress=True):
     "A few pictures at a time, and their images [B, 3, H, W]; what cannot be read goes to `refused`"
     with tqdm(total=len(pictures), unit='image', disable=None if progress else True) as bar:
@@ -249,7 +249,7 @@ def _batches(pictures, size, refused, progress=True):
             if read: yield [p for p, _ in read], torch.stack([x for _, x in read])
             bar.update(min(size, len(pictures) - k))
 
-# %% ../nbs/41_cli.ipynb #a235c766
+# %% ../nbs/41_cli.ipynb #7e07cb54
 @dataclass
 class Answer:
     "All maps of one picture"
@@ -266,7 +266,7 @@ class Answer:
         return [a for maps in self.maps.values() for a in maps.values()]
     def rows(self): return [dict(image=self.picture.name, **receipt(a, self.i, self.says, self.words)) for a in self.each]
 
-# %% ../nbs/41_cli.ipynb #934d04a7
+# %% ../nbs/41_cli.ipynb #eb375652
 def receipt(
     a,              # an `Attribution`
     i:int=0,        # which of its images
@@ -281,7 +281,7 @@ def receipt(
     said = {} if says is None else dict(predicted=says.argmax().item(), probability=says[target].item())
     return dict(target=target, name=words.get(target), **said, method=a.method, rules=a.rules, score=a.score[i].item()) | {k: number(v) if account else None for k, v in parts.items()}
 
-# %% ../nbs/41_cli.ipynb #168f167e
+# %% ../nbs/41_cli.ipynb #3fa1d1d7
 def _targets(asked, model, words, pictures):
     "Which classes to explain, as `explain` takes them, for a batch of pictures"
     out = []
@@ -300,7 +300,7 @@ def _answers(model, pictures, x, o, rules, options, words):
     found = {(t, r): maps for r, rule in enumerate(rules) for t, maps in enumerate(explain(model, x, targets, names, rule, o.of, **options))}
     return [Answer(p, i, {k: found[k] for k in sorted(found)}, says, words) for i, (p, says) in enumerate(zip(pictures, _says(model, x)))]
 
-# %% ../nbs/41_cli.ipynb #2860d0a1
+# %% ../nbs/41_cli.ipynb #8279fa7d
 def _figure(answer):
     "The picture and all of its maps, a row for each target and each rule set"
     i, keys = answer.i, list(answer.maps)
@@ -329,7 +329,7 @@ def _png(answers):
     whole.save(out, 'PNG', optimize=True)
     return out.getvalue()
 
-# %% ../nbs/41_cli.ipynb #72d7fe9b
+# %% ../nbs/41_cli.ipynb #4389044a
 def _arrays(answers):
     "What goes into an .npz file; METHOD/RULES/ in front of every name where there are several"
     groups = {}
@@ -344,7 +344,7 @@ def _arrays(answers):
         out |= {front + 'image': np.array([_clean(answer.picture.name) for answer, _ in found]), front + 'method': first.method, front + 'rules': first.rules}
     return out
 
-# %% ../nbs/41_cli.ipynb #7f07e2f4
+# %% ../nbs/41_cli.ipynb #ae4e8403
 PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}h2{{margin-top:2.5rem;overflow-wrap:anywhere}}
 img{{max-width:100%;background:#fff}}div{{overflow-x:auto}}table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}
@@ -352,14 +352,14 @@ td,th{{padding:.2rem .7rem;border-bottom:1px solid #8886;text-align:right;white-
 <h1>{title}</h1>{body}<footer>{made}</footer></html>
 '''
 
-HOW = '''<p>Red speaks for the class, blue against it; each map has its own scale. The receipt says where the score went: what lies <b>on the map</b>, what went to
+HOW = '''<p>Red speaks for the class, blue against it; each map has its own scale. The receipt says where the score, a {of}, went: what lies <b>on the map</b>, what went to
 <b>prefix</b> tokens (class token, registers), the constants to which the method gives no place (<b>unplaced</b>), and the <b>completeness error</b>, which is what has
 no owner; these four add up to the score. Methods whose maps have no unit have no account.</p>'''
 
 HEADS = dict(target='target', probability='probability', method='method', rules='rules', score='score', on_the_map='on the map', prefix='prefix', unplaced='unplaced',
              completeness_error='completeness error')
 
-# %% ../nbs/41_cli.ipynb #76699e28
+# %% ../nbs/41_cli.ipynb #287e26ac
 def _amount(v): return f'{v:.3f}' if abs(v) >= 5e-4 or v == 0 else f'{v:.0e}'
 
 def _shown(row, heads=HEADS):
@@ -384,9 +384,9 @@ def _explained(answers, facts):
         name = html.escape(_clean(a.picture.name))
         return (f'<h2>{name}</h2><p>The model says {html.escape(a.named(best))} ({a.says[best]:.1%}).</p>'
                 + _picture_of(as_png(_figure(a), 110), f'maps of {_clean(a.picture.name)}') + _table(map(_shown, a.rows())))
-    return _page(f'What {facts["model"]} looks at', HOW + ''.join(map(section, answers)), facts)
+    return _page(f'What {facts["model"]} looks at', HOW.format(of=facts['of']) + ''.join(map(section, answers)), facts)
 
-# %% ../nbs/41_cli.ipynb #b31fc709
+# %% ../nbs/41_cli.ipynb #a223fceb
 KINDS = 'png', 'npz', 'html'
 
 def _place(o):
@@ -408,27 +408,27 @@ def _write(path, kind, answers, facts):
 
 def _unused(name, taken):
     "A file name for a picture that no other has"
-    stem = re.sub(r'[^\w.-]+', '-', Path(name).stem).strip('-.') or 'image'
+    stem = re.sub(r'[^\w.-]+', '-', Path(name).stem).strip('-.')[:200] or 'image'
     name = next(n for k in range(1, len(taken) + 2) if (n := stem if k == 1 else f'{stem}-{k}').lower() not in taken)
     taken.add(name.lower())
     return name
 
-# %% ../nbs/41_cli.ipynb #e58cdafa
-def _facts(command, model):
+# %% ../nbs/41_cli.ipynb #b85f0ee2
+def _facts(command, model, **more):
     from libragrad_nb.support import versions
-    return dict(command=command, model=model, versions=dict(libragrad_nb=__version__, **versions()))
+    return dict(command=command, model=model, versions=dict(libragrad_nb=__version__, **versions()), **more)
 
 def _print_json(document): print(json.dumps(document, indent=1, allow_nan=False))
 
 def _print_table(rows): print(pd.DataFrame(rows).to_string(index=False))
 
-# %% ../nbs/41_cli.ipynb #92ba2a24
+# %% ../nbs/41_cli.ipynb #5020f127
 def _explain(o):
     "The work of `libragrad-explain`, to its exit code"
     place, rules, options = _place(o), _rules(o.rules), _options(o.option, o.method or [])
     if 'labels' in (o.target or []) and not o.scenes: raise Mistake('--target labels is for --scenes, whose digits are known')
     model = _model(o)
-    words, pictures, facts = _words(model), _pictures(o, model), _facts('libragrad-explain', o.model or 'vit_digits')
+    words, pictures, facts = _words(model), _pictures(o, model), _facts('libragrad-explain', o.model or 'vit_digits', of=o.of)
     _targets(o.target, model, words, [])  # a wrong class is told before any work
     rows, refused, kept, wrote, taken = [], [], [], [], set()
     for some, x in _batches(pictures, o.batch_size, refused, not o.quiet):
@@ -437,7 +437,7 @@ def _explain(o):
         if place and place[2]: wrote += [_write(os.path.join(place[0], f'{_unused(a.picture.name, taken)}.{place[1]}'), place[1], [a], facts) for a in answers]
         elif place: kept += answers
     if kept: wrote.append(_write(place[0], place[1], kept, facts))
-    if o.json: _print_json(dict(**facts, of=o.of, explanations=rows, refused=refused, written=wrote))
+    if o.json: _print_json(dict(**facts, explanations=rows, refused=refused, written=wrote))
     elif not o.quiet: _tell(rows, wrote, place)
     return int(bool(refused))
 
@@ -447,7 +447,7 @@ def _tell(rows, wrote, place):
     elif wrote: print('\nwrote', *map(_clean, wrote))
     elif rows: _say('\n(--out maps.png, maps.npz or maps.html keeps the maps)')
 
-# %% ../nbs/41_cli.ipynb #d0a0325f
+# %% ../nbs/41_cli.ipynb #2a85a789
 def explain_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -464,7 +464,7 @@ def explain_command(
     p.add_argument('--format', choices=KINDS, help='of the files in the folder --out (default: png)')
     return _started(p, _explain, args)
 
-# %% ../nbs/41_cli.ipynb #d89ac93e
+# %% ../nbs/41_cli.ipynb #fdb6becd
 def _booked(o):
     "Ledgers of all images together, by the name of the rule set; and what was refused"
     model, refused = _model(o), []
@@ -479,11 +479,11 @@ def _missing(sheets, by):
     "What went missing, a row for each operation, block or module, two columns for each rule set"
     tables = {r: s.by(by) for r, s in sheets.items()}
     first = next(iter(tables.values()))
-    rows = [{by: name or '(outside)', 'calls': int(first.calls[name])} | {c: v for r, t in tables.items() for c, v in
+    rows = [{by: name or ('(no rule)' if by == 'rule' else '(outside)'), 'calls': int(first.calls[name])} | {c: v for r, t in tables.items() for c, v in
             ((f'{r}: missing', f'{t.residual[name]:+.2g}'), (f'{r}: share', f'{t.share[name]:+.1%}' if abs(t.share[name]) >= 5e-4 else '0%'))} for name in first.index]
     return rows
 
-# %% ../nbs/41_cli.ipynb #5c20c968
+# %% ../nbs/41_cli.ipynb #b202bb7b
 def _records(sheets, by): return pd.concat([s.by(by).reset_index().assign(rules=r) for r, s in sheets.items()], ignore_index=True)
 
 def _totals(sheets): return [dict(rules=r, score=s.score, input=s.attribution, constants=s.constants, completeness_error=s.completeness_error) for r, s in sheets.items()]
@@ -498,11 +498,12 @@ def _write_ledger(path, kind, sheets, by, facts):
                        + _table(_totals_shown(sheets)) + f'<h2>Missing, by {by}</h2>' + _table(_missing(sheets, by)), facts)
     with written(path, (kind,)) as (f, _): f.write(data)
 
-# %% ../nbs/41_cli.ipynb #3226ef1e
+# %% ../nbs/41_cli.ipynb #ecb69121
 def _ledger(o):
     "The work of `libragrad-ledger`, to its exit code"
     kind = o.out.rsplit('.', 1)[-1].lower() if o.out else None
     if kind not in (None, 'csv', 'png', 'html'): raise Mistake(f'cannot save as {o.out!r}: end the name in .csv, .png or .html')
+    if kind in ('png', 'html') and len(o.rules) > 3: raise Mistake('three rule sets are as many as a picture of the water level shows')
     sheets, refused = _booked(o)
     facts, by = _facts('libragrad-ledger', o.model or 'vit_digits'), o.by
     if sheets and o.out: _write_ledger(o.out, kind, sheets, by, facts)
@@ -512,7 +513,7 @@ def _ledger(o):
         if o.out: print('\nwrote', _clean(o.out))
     return int(bool(refused))
 
-# %% ../nbs/41_cli.ipynb #d5fe97c8
+# %% ../nbs/41_cli.ipynb #eb96cdec
 def ledger_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -528,7 +529,7 @@ def ledger_command(
     p.add_argument('--out', metavar='FILE', help='a table (.csv), the water level (.png), or a page of both (.html)')
     return _started(p, _ledger, args)
 
-# %% ../nbs/41_cli.ipynb #9642a855
+# %% ../nbs/41_cli.ipynb #f133f08e
 def _run(o):
     "The work of `libragrad-run`, to its exit code"
     from libragrad_nb.scale import run, run_on_ray
@@ -543,7 +544,7 @@ def _run(o):
     if len(refused) > 10: _say(f'and {len(refused) - 10} more, see {done.out}/skipped.csv')
     return int(bool(refused))
 
-# %% ../nbs/41_cli.ipynb #9e626f7c
+# %% ../nbs/41_cli.ipynb #834aed76
 def run_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -564,7 +565,7 @@ def run_command(
     p.add_argument('--ray', type=_count, metavar='N', help='N explainers at work with Ray, on the cluster that it is told of, or on this machine')
     return _started(p, _run, args)
 
-# %% ../nbs/41_cli.ipynb #0b42f430
+# %% ../nbs/41_cli.ipynb #fa7a545f
 def bench_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -589,7 +590,7 @@ def _module(name, module, args):
     if '--version' in args: print(f'libragrad-{name} {__version__}'); return 0
     return _ended(lambda: import_module(f'libragrad_nb.{module}').main(args), f'libragrad-{name}')
 
-# %% ../nbs/41_cli.ipynb #5d3b460b
+# %% ../nbs/41_cli.ipynb #75c892a7
 COMMANDS = dict(explain=explain_command, ledger=ledger_command, run=run_command, bench=bench_command, support=support_command, demo=demo_command)
 
 def main(
@@ -603,5 +604,5 @@ def main(
     _say(f'no command {name!r}: there are\n{listed}')
     return 2
 
-# %% ../nbs/41_cli.ipynb #a817aa41
+# %% ../nbs/41_cli.ipynb #d927ad72
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -99,6 +99,7 @@ def test_one_name_for_all(call):
     ('ledger --scenes 1 --rules libar', 'libar'),
     ('ledger --scenes 1 --out level.gif', '.csv, .png or .html'),
     ('ledger --scenes 1 --by weekday', 'invalid choice'),
+    ('ledger --scenes 1 --rules plain libra alilrp attnlrp --out l.png', 'three rule sets'),
     ('run nowhere --model vit_digits --out run', 'nowhere'),
     ('run . --out run', '--model'),
     ('bench --model nothere', 'nothere'),
@@ -338,6 +339,7 @@ def test_weights_of_ones_own_bring_their_classes(call):
     document = json.loads(call('explain a.png --model test_vit --checkpoint mine.safetensors --target 6 predicted --json')[1])
     assert [r['target'] for r in document['explanations']][0] == 6 and all(abs(r['completeness_error']) < 1e-3 for r in document['explanations'])
     assert call('explain a.png --model test_vit --checkpoint mine.safetensors --target 7')[0] == 2
+    assert call('explain --scenes 2 --model test_vit --checkpoint mine.safetensors --out scenes.html --quiet') == (0, '', '') # drawn in the size of the model
     code, out, err = call('explain a.png --model vit_tiny_patch16_224 --checkpoint mine.safetensors')
     assert code == 2 and 'do not fit vit_tiny_patch16_224' in err and len(err.splitlines()) == 1
 
