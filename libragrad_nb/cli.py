@@ -86,6 +86,7 @@ def _ended(work, name, debug=False):
         _say(f'{name}: {_sentence(e)}')
         return 130 if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, Mistake) else 1
 
+# %% ../nbs/41_cli.ipynb #9e58ef22
 @contextmanager
 def _spoken(quiet):
     "Warnings as sentences on stderr, or not at all"
@@ -109,26 +110,29 @@ def _all_methods(): return textwrap.fill(', '.join(methods), 96, initial_indent=
 
 def _parser(name, about, examples, listed=True):
     "A parser with examples in its help, and the options of all commands"
-    p = argparse.ArgumentParser(prog=f'libragrad-{name}', description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog='examples:\n' + textwrap.indent('\n'.join(examples), '  ') + (f'\n\nmethods:\n{_all_methods()}' if listed else ''))
+    more = 'examples:\n' + textwrap.indent('\n'.join(examples), '  ') + (f'\n\nmethods:\n{_all_methods()}' if listed else '')
+    p = argparse.ArgumentParser(prog=f'libragrad-{name}', description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     p.add_argument('--json', action='store_true', help='one JSON document on stdout, for machines')
     p.add_argument('--quiet', action='store_true', help='no table, no progress, no warnings; only errors')
     p.add_argument('--debug', action='store_true', help='show where in the code an error came from')
     return p
 
+# %% ../nbs/41_cli.ipynb #4c9bb37f
 def _model_options(p, required=False):
-    p.add_argument('--model', metavar='NAME', required=required, help='a model of timm, or one of the package: vit_digits, mixer_digits, eva_digits, ...' + ('' if required else ' (for scenes vit_digits, if none is named)'))
+    unless = '' if required else ' (for scenes vit_digits, if none is named)'
+    p.add_argument('--model', metavar='NAME', required=required,
+                   help=f'a model of timm, or one of the package: vit_digits, mixer_digits, eva_digits, ...{unless}')
     p.add_argument('--checkpoint', metavar='FILE', help='weights for a model of timm, in a .safetensors file')
     p.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: cuda where there is one)')
 
-# %% ../nbs/41_cli.ipynb #4c9bb37f
 def _picture_options(p):
     p.add_argument('image', nargs='*', metavar='IMAGE', help='image files, and folders of them')
     p.add_argument('--scenes', type=_count, metavar='N', help='instead of images: draw N scenes of digits')
     p.add_argument('--digits', type=_count, default=2, metavar='N', help='in a scene, 1 to 4 (default: 2)')
     p.add_argument('--seed', type=int, default=0, help='which scenes (default: 0)')
 
+# %% ../nbs/41_cli.ipynb #3dccc1dd
 def _map_options(p):
     p.add_argument('--method', nargs='+', metavar='NAME', help='how to explain, one or several, listed below (default: fullgrad_plus)')
     p.add_argument('--rules', nargs='+', metavar='NAME', help=f'rule sets, one or several (default: libra): {", ".join(rule_sets)}; '
@@ -157,7 +161,8 @@ def _options(pairs, names):
         except (ValueError, SyntaxError): return text
     with _asked(): known = {k: n for n in names or ['fullgrad_plus'] for k in find_method(n)[0].options}
     given = {k: value(v) for k, _, v in (p.partition('=') for p in pairs)}
-    if wrong := set(given) - set(known): raise Mistake(f'no option {", ".join(sorted(wrong))}: ' + (f'there are {", ".join(known)}' if known else 'these methods have none'))
+    if wrong := set(given) - set(known): raise Mistake(
+        f'no option {", ".join(sorted(wrong))}: ' + (f'there are {", ".join(known)}' if known else 'these methods have none'))
     return dict.fromkeys({'progress'} & set(known), False) | given
 
 # %% ../nbs/41_cli.ipynb #3aa3f888
@@ -187,13 +192,14 @@ def _loaded(name, checkpoint=None):
 
 def _model(o):
     "The model that is asked for, on its device"
-    if bool(o.scenes) == bool(o.image): raise Mistake('either images or --scenes, not both' if o.image else 'name image files or folders, or draw some with --scenes 3')
+    if o.scenes and o.image: raise Mistake('either images or --scenes, not both')
+    if not (o.scenes or o.image): raise Mistake('name image files or folders, or draw some with --scenes 3')
     from libragrad_nb.zoo import EMBEDDED  # here, as timm takes seconds to start and --help needs none of it
     if not o.model and not o.scenes: raise Mistake('which model shall look at the images? --model NAME: one of timm, such as '
         f'vit_base_patch16_224.augreg2_in21k_ft_in1k, or one that comes with the package ({", ".join(EMBEDDED)})')
-    name = o.model or 'vit_digits'
-    with _asked(): model = _loaded(name, o.checkpoint)
-    if not hasattr(model, 'pretrained_cfg'): raise Mistake(f'{name} reads text, and these commands show images')
+    o.model = o.model or 'vit_digits'
+    with _asked(): model = _loaded(o.model, o.checkpoint)
+    if not hasattr(model, 'pretrained_cfg'): raise Mistake(f'{o.model} reads text, and these commands show images')
     return model.to(_device(o.device))
 
 def _device(name):
@@ -274,12 +280,12 @@ def receipt(
     words:dict={},  # what the classes are called
 )->dict:            # None for what a method without a unit does not say
     "The account of one map: the parts add up to the score"
-    def number(t): return None if t is None or t.isnan() else t.item()
-    account = not a.completeness_error[i].isnan()
-    parts = dict(on_the_map=a.map[i].sum(), prefix=a.prefix[i].sum(), unplaced=a.unplaced[i], completeness_error=a.completeness_error[i], constants=a.additive[i])
-    target = a.target[i].item()
+    target, account = a.target[i].item(), not a.completeness_error[i].isnan()
     said = {} if says is None else dict(predicted=says.argmax().item(), probability=says[target].item())
-    return dict(target=target, name=words.get(target), **said, method=a.method, rules=a.rules, score=a.score[i].item()) | {k: number(v) if account else None for k, v in parts.items()}
+    parts = dict(on_the_map=a.map[i].sum(), prefix=a.prefix[i].sum(), unplaced=a.unplaced[i],
+                 completeness_error=a.completeness_error[i], constants=a.additive[i])
+    numbers = {k: v.item() if account and not v.isnan() else None for k, v in parts.items()}
+    return dict(target=target, name=words.get(target), **said, method=a.method, rules=a.rules, score=a.score[i].item(), **numbers)
 
 # %% ../nbs/41_cli.ipynb #3fa1d1d7
 def _targets(asked, model, words, pictures):
@@ -321,6 +327,7 @@ def _short(name, most=24):
     name = _clean(Path(name).name)
     return plain_text(name if len(name) <= most else '...' + name[-most:])
 
+# %% ../nbs/41_cli.ipynb #95cdfef7
 def _png(answers):
     "One picture under the other"
     parts = [Image.open(io.BytesIO(as_png(_figure(a), 150))).convert('RGB') for a in answers]
@@ -341,34 +348,37 @@ def _arrays(answers):
         first, front = found[0][1], '' if len(groups) == 1 else f'{m}/{found[0][1].rules}/'
         tensors = [k for k, v in vars(first).items() if isinstance(v, torch.Tensor)]
         out |= {front + k: np.stack([vars(a)[k][answer.i].cpu().numpy() for answer, a in found]) for k in tensors}
-        out |= {front + 'image': np.array([_clean(answer.picture.name) for answer, _ in found]), front + 'method': first.method, front + 'rules': first.rules}
+        out |= {front + 'image': np.array([_clean(answer.picture.name) for answer, _ in found])}
+        out |= {front + 'method': first.method, front + 'rules': first.rules}
     return out
 
 # %% ../nbs/41_cli.ipynb #ae4e8403
 PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}h2{{margin-top:2.5rem;overflow-wrap:anywhere}}
+<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+h2{{margin-top:2.5rem;overflow-wrap:anywhere}}
 img{{max-width:100%;background:#fff}}div{{overflow-x:auto}}table{{border-collapse:collapse;font-variant-numeric:tabular-nums}}
-td,th{{padding:.2rem .7rem;border-bottom:1px solid #8886;text-align:right;white-space:nowrap}}footer{{margin:3rem 0 1rem;opacity:.7;font-size:.85rem}}</style>
+td,th{{padding:.2rem .7rem;border-bottom:1px solid #8886;text-align:right;white-space:nowrap}}
+footer{{margin:3rem 0 1rem;opacity:.7;font-size:.85rem}}</style>
 <h1>{title}</h1>{body}<footer>{made}</footer></html>
 '''
 
-HOW = '''<p>Red speaks for the class, blue against it; each map has its own scale. The receipt says where the score, a {of}, went: what lies <b>on the map</b>, what went to
-<b>prefix</b> tokens (class token, registers), the constants to which the method gives no place (<b>unplaced</b>), and the <b>completeness error</b>, which is what has
-no owner; these four add up to the score. Methods whose maps have no unit have no account.</p>'''
+HOW = '''<p>Red speaks for the class, blue against it; each map has its own scale. The receipt says where the score, a {of}, went: what lies
+<b>on the map</b>, what went to <b>prefix</b> tokens (class token, registers), the constants to which the method gives no place (<b>unplaced</b>),
+and the <b>completeness error</b>, which is what has no owner; these four add up to the score. Methods whose maps have no unit have no account.</p>'''
 
-HEADS = dict(target='target', probability='probability', method='method', rules='rules', score='score', on_the_map='on the map', prefix='prefix', unplaced='unplaced',
-             completeness_error='completeness error')
+SHOWN = 'target probability method rules score on_the_map prefix unplaced completeness_error'.split()
 
 # %% ../nbs/41_cli.ipynb #287e26ac
 def _amount(v): return f'{v:.3f}' if abs(v) >= 5e-4 or v == 0 else f'{v:.0e}'
 
-def _shown(row, heads=HEADS):
+def _shown(row):
     "A row of a receipt in words"
     def text(k, v):
-        if v is None: return ''
-        return f'{v:.1%}' if k == 'probability' else _amount(v) if isinstance(v, float) else str(v)
-    return {heads[k]: text(k, row[k]) + (f' {row["name"].split(",")[0]}' if k == 'target' and row.get('name') else '') for k in heads if k in row}
+        if k == 'target' and row['name']: return f'{v} {row["name"].split(",")[0]}'
+        return '' if v is None else f'{v:.1%}' if k == 'probability' else _amount(v) if isinstance(v, float) else str(v)
+    return {k.replace('_', ' '): text(k, row[k]) for k in SHOWN}
 
+# %% ../nbs/41_cli.ipynb #91740075
 def _picture_of(png, alt): return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 def _table(rows): return f'<div>{pd.DataFrame(rows).to_html(index=False, border=0)}</div>'
@@ -394,10 +404,12 @@ def _place(o):
     if not o.out: return None
     ending = o.out.rsplit('.', 1)[-1].lower() if '.' in os.path.basename(o.out) else ''
     if ending in KINDS and not o.format and not os.path.isdir(o.out): return o.out, ending, False
-    if ending and not o.format and not os.path.isdir(o.out): raise Mistake(f'cannot save as {o.out!r}: end the name in .{", .".join(KINDS)}, or add --format to make it a folder')
+    if ending and not o.format and not os.path.isdir(o.out): raise Mistake(
+        f'cannot save as {o.out!r}: end the name in .{", .".join(KINDS)}, or add --format to make it a folder')
     with _asked(): os.makedirs(o.out, exist_ok=True)
     return o.out, o.format or 'png', True
 
+# %% ../nbs/41_cli.ipynb #d49604fd
 def _write(path, kind, answers, facts):
     "A file with these answers, whole or not at all"
     if kind != 'npz': data = _explained(answers, facts) if kind == 'html' else _png(answers)
@@ -428,14 +440,14 @@ def _explain(o):
     place, rules, options = _place(o), _rules(o.rules), _options(o.option, o.method or [])
     if 'labels' in (o.target or []) and not o.scenes: raise Mistake('--target labels is for --scenes, whose digits are known')
     model = _model(o)
-    words, pictures, facts = _words(model), _pictures(o, model), _facts('libragrad-explain', o.model or 'vit_digits', of=o.of)
+    words, pictures, facts = _words(model), _pictures(o, model), _facts('libragrad-explain', o.model, of=o.of)
     _targets(o.target, model, words, [])  # a wrong class is told before any work
     rows, refused, kept, wrote, taken = [], [], [], [], set()
     for some, x in _batches(pictures, o.batch_size, refused, not o.quiet):
         answers = _answers(model, some, x, o, rules, options, words)
         rows += [r for a in answers for r in a.rows()]
-        if place and place[2]: wrote += [_write(os.path.join(place[0], f'{_unused(a.picture.name, taken)}.{place[1]}'), place[1], [a], facts) for a in answers]
-        elif place: kept += answers
+        if place and not place[2]: kept += answers
+        elif place: wrote += [_write(f'{os.path.join(place[0], _unused(a.picture.name, taken))}.{place[1]}', place[1], [a], facts) for a in answers]
     if kept: wrote.append(_write(place[0], place[1], kept, facts))
     if o.json: _print_json(dict(**facts, explanations=rows, refused=refused, written=wrote))
     elif not o.quiet: _tell(rows, wrote, place)
@@ -456,10 +468,12 @@ def explain_command(
         'libragrad-explain --scenes 3 --out maps.png', 'libragrad-explain --scenes 4 --target labels --out maps.html',
         'libragrad-explain cat.jpg --model vit_base_patch16_224.augreg2_in21k_ft_in1k --out cat.html',
         "libragrad-explain photos/ --model deit3_small_patch16_224.fb_in1k --target tabby 'Egyptian cat' --out maps/ --format png",
-        'libragrad-explain cat.jpg --model vit_tiny_patch16_224 --checkpoint mine.safetensors --method grad_cam gen_att --rules plain libra --out cat.png',
+        'libragrad-explain cat.jpg --model vit_tiny_patch16_224 --checkpoint mine.safetensors --method grad_cam gen_att --out cat.png',
+        'libragrad-explain --scenes 1 --rules plain libra without:attention --out rules.png',
         'libragrad-explain --scenes 2 --json | python -m json.tool'])
     _picture_options(p); _model_options(p); _map_options(p)
-    p.add_argument('--target', nargs='+', metavar='CLASS', help="classes to explain: numbers, WordNet ids or words; 'predicted' (the default); for scenes 'labels', the digits that are there")
+    p.add_argument('--target', nargs='+', metavar='CLASS', help="classes to explain: numbers, WordNet ids or words; 'predicted' (the default); "
+                   "for scenes 'labels', the digits that are there")
     p.add_argument('--out', metavar='PATH', help='a file that ends in .png, .npz or .html; or a folder, for a file from each image')
     p.add_argument('--format', choices=KINDS, help='of the files in the folder --out (default: png)')
     return _started(p, _explain, args)
@@ -478,36 +492,44 @@ def _booked(o):
 def _missing(sheets, by):
     "What went missing, a row for each operation, block or module, two columns for each rule set"
     tables = {r: s.by(by) for r, s in sheets.items()}
-    first = next(iter(tables.values()))
-    rows = [{by: name or ('(no rule)' if by == 'rule' else '(outside)'), 'calls': int(first.calls[name])} | {c: v for r, t in tables.items() for c, v in
-            ((f'{r}: missing', f'{t.residual[name]:+.2g}'), (f'{r}: share', f'{t.share[name]:+.1%}' if abs(t.share[name]) >= 5e-4 else '0%'))} for name in first.index]
-    return rows
+    first, nowhere = next(iter(tables.values())), '(no rule)' if by == 'rule' else '(outside)'
+    def share(v): return f'{v:+.1%}' if abs(v) >= 5e-4 else '0%'
+    def columns(r, t, name): return {f'{r}: missing': f'{t.residual[name]:+.2g}', f'{r}: share': share(t.share[name])}
+    return [{by: name or nowhere, 'calls': int(first.calls[name]), **{k: v for r, t in tables.items() for k, v in columns(r, t, name).items()}}
+            for name in first.index]
 
 # %% ../nbs/41_cli.ipynb #b202bb7b
 def _records(sheets, by): return pd.concat([s.by(by).reset_index().assign(rules=r) for r, s in sheets.items()], ignore_index=True)
 
-def _totals(sheets): return [dict(rules=r, score=s.score, input=s.attribution, constants=s.constants, completeness_error=s.completeness_error) for r, s in sheets.items()]
+def _totals(sheets):
+    "The whole account by each rule set"
+    return [dict(rules=r, score=s.score, input=s.attribution, constants=s.constants, completeness_error=s.completeness_error)
+            for r, s in sheets.items()]
 
 def _totals_shown(sheets): return [{k.replace('_', ' '): _amount(v) if isinstance(v, float) else v for k, v in t.items()} for t in _totals(sheets)]
 
+# %% ../nbs/41_cli.ipynb #ecb69121
 def _write_ledger(path, kind, sheets, by, facts):
     figure = water_level(*sheets.values(), width=8)
     if kind == 'csv': data = _records(sheets, by).to_csv(index=False).encode()
     elif kind == 'png': data = as_png(figure, 150)
-    else: data = _page(f'Where {facts["model"]} loses its score', _picture_of(as_png(figure, 110), 'what of the score is accounted for, from output to input')
-                       + _table(_totals_shown(sheets)) + f'<h2>Missing, by {by}</h2>' + _table(_missing(sheets, by)), facts)
+    else:
+        picture = _picture_of(as_png(figure, 110), 'what of the score is accounted for, from output to input')
+        body = picture + _table(_totals_shown(sheets)) + f'<h2>Missing, by {by}</h2>' + _table(_missing(sheets, by))
+        data = _page(f'Where {facts["model"]} loses its score', body, facts)
     with written(path, (kind,)) as (f, _): f.write(data)
 
-# %% ../nbs/41_cli.ipynb #ecb69121
+# %% ../nbs/41_cli.ipynb #64593e0b
 def _ledger(o):
     "The work of `libragrad-ledger`, to its exit code"
     kind = o.out.rsplit('.', 1)[-1].lower() if o.out else None
     if kind not in (None, 'csv', 'png', 'html'): raise Mistake(f'cannot save as {o.out!r}: end the name in .csv, .png or .html')
     if kind in ('png', 'html') and len(o.rules) > 3: raise Mistake('three rule sets are as many as a picture of the water level shows')
     sheets, refused = _booked(o)
-    facts, by = _facts('libragrad-ledger', o.model or 'vit_digits'), o.by
+    facts, by = _facts('libragrad-ledger', o.model), o.by
     if sheets and o.out: _write_ledger(o.out, kind, sheets, by, facts)
-    if o.json: _print_json(dict(**facts, totals=_totals(sheets), rows=_records(sheets, by).to_dict('records') if sheets else [], refused=refused, written=[o.out]*bool(o.out and sheets)))
+    rows = _records(sheets, by).to_dict('records') if sheets else []
+    if o.json: _print_json(dict(**facts, totals=_totals(sheets), rows=rows, refused=refused, written=[o.out]*bool(o.out and sheets)))
     elif sheets and not o.quiet:
         _print_table(_missing(sheets, by)); print(); _print_table(_totals_shown(sheets))
         if o.out: print('\nwrote', _clean(o.out))
@@ -533,18 +555,29 @@ def ledger_command(
 def _run(o):
     "The work of `libragrad-run`, to its exit code"
     from libragrad_nb.scale import run, run_on_ray
-    rules, options, device = _rules(o.rules and [o.rules])[0], _options(o.option, [o.method] if o.method else []), _device(o.device)
-    model = partial(_loaded, o.model, o.checkpoint) if o.checkpoint or o.model == 'clip_digits' else o.model
-    how = dict(batch_size=o.batch_size, shard_size=o.shard_size, targets=not o.predicted, progress=not o.quiet and sys.stderr.isatty(), device=str(device), **options)
-    with _asked(): done = run_on_ray(o.source, o.out, model, o.method, rules, concurrency=o.ray, **how) if o.ray else run(o.source, o.out, model, o.method, rules, workers=o.workers, **how)
+    from libragrad_nb.zoo import EMBEDDED
+    options = _options(o.option, [o.method] if o.method else []); options.pop('progress', None)
+    how = dict(batch_size=o.batch_size, shard_size=o.shard_size, targets=not o.predicted, progress=not o.quiet and sys.stderr.isatty(),
+               device=str(_device(o.device)))
+    if twice := set(how) & set(options): raise Mistake(f'{", ".join(twice)} is an option of the run itself: --{min(twice).replace("_", "-")}')
+    how, rules = how | options, _rules(o.rules and [o.rules])[0]
+    by_name = not o.checkpoint and not (o.model in EMBEDDED and hasattr(EMBEDDED[o.model].build, 'prompted'))  # the table then says the name
+    given = o.source, o.out, o.model if by_name else partial(_loaded, o.model, o.checkpoint), o.method, rules
+    with _asked(): done = run_on_ray(*given, concurrency=o.ray, **how) if o.ray else run(*given, workers=o.workers, **how)
+    return _reported(o, done)
+
+# %% ../nbs/41_cli.ipynb #834aed76
+def _reported(o, done):
+    "Say what a run did; its exit code"
     refused = [dict(image=i, why=why) for i, why in done.skipped.items()]
-    if o.json: _print_json(dict(**_facts('libragrad-run', o.model), out=str(done.out), explained=done.explained, before=done.before, seconds=done.seconds, refused=refused))
+    facts = dict(out=str(done.out), explained=done.explained, before=done.before, seconds=done.seconds, refused=refused)
+    if o.json: _print_json(_facts('libragrad-run', o.model, **facts))
     elif not o.quiet: print(_clean(f'{done.explained} images explained, {done.before} were there before: {done.out}'))
     for r in refused[:10]: _say('left out: ' + (r['why'] if r['image'] in r['why'] else f'{r["image"]}: {r["why"]}'))
     if len(refused) > 10: _say(f'and {len(refused) - 10} more, see {done.out}/skipped.csv')
     return int(bool(refused))
 
-# %% ../nbs/41_cli.ipynb #834aed76
+# %% ../nbs/41_cli.ipynb #f4383a76
 def run_command(
     args:list=None, # of the command; None: those of this process
 )->int:             # exit code
@@ -560,7 +593,8 @@ def run_command(
     p.add_argument('--rules', metavar='NAME', help='a rule set (default: libra)')
     p.add_argument('--option', nargs='+', default=[], metavar='NAME=VALUE', help='of the method, such as steps=50')
     p.add_argument('--predicted', action='store_true', help='explain the classes that the model predicts, not those that the source names')
-    for name, n, what in (('batch-size', 32, 'images at a time'), ('shard-size', 512, 'maps in a file, at least'), ('workers', 4, 'threads that read ahead')):
+    numbers = ('batch-size', 32, 'images at a time'), ('shard-size', 512, 'maps in a file, at least'), ('workers', 4, 'threads that read ahead')
+    for name, n, what in numbers:
         p.add_argument(f'--{name}', type=_count, default=n, metavar='N', help=f'{what} (default: {n})')
     p.add_argument('--ray', type=_count, metavar='N', help='N explainers at work with Ray, on the cluster that it is told of, or on this machine')
     return _started(p, _run, args)

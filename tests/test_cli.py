@@ -102,6 +102,7 @@ def test_one_name_for_all(call):
     ('ledger --scenes 1 --rules plain libra alilrp attnlrp --out l.png', 'three rule sets'),
     ('run nowhere --model vit_digits --out run', 'nowhere'),
     ('run . --out run', '--model'),
+    ('run . --out run --model vit_digits --method integrated_gradients --option batch_size=3', 'option of the run itself'),
     ('bench --model nothere', 'nothere'),
     ('support --only nothere', 'nothere'),
 ])
@@ -316,6 +317,18 @@ def test_a_run_asks_for_the_classes_of_its_folders(call):
     picture('photos/nine/a.png', 3)
     code, out, err = call('run photos --model vit_digits --out other')
     assert code == 2 and "'nine' names no class" in err
+
+def test_options_of_a_run(call, monkeypatch):
+    from libragrad_nb import scale
+    picture('photos/a.png')
+    assert call('run photos --model vit_digits --out run --method integrated_gradients --option steps=3 --quiet')[0] == 0
+    assert call('explain photos --model vit_digits --method integrated_gradients --option steps=3 --out a.npz --quiet')[0] == 0
+    np.testing.assert_allclose(scale.read_run('run')[1][0], np.load('a.npz')['map'][0], atol=.01)
+    asked = []
+    monkeypatch.setattr(scale, 'run_on_ray', lambda *a, **k: asked.append((a, k)) or scale.Run(Path('run'), 1, 0, {}, 1.))
+    assert call('run photos --model vit_digits --out run --ray 3 --batch-size 4 --predicted')[0] == 0
+    given = asked[0][1]
+    assert asked[0][0][:3] == ('photos', 'run', 'vit_digits') and given.pop('device') and given == dict(concurrency=3, batch_size=4, shard_size=512, targets=False, progress=False)
 
 # weights
 
