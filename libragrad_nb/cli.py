@@ -74,6 +74,7 @@ def _exit_code(work):
         if isinstance(e.code, str): _say(e.code)
         return e.code if isinstance(e.code, int) else int(e.code is not None)
 
+# %% ../nbs/41_cli.ipynb #33448f4e
 def _ended(work, name, debug=False):
     "Run a piece of work to its exit code; what goes wrong is a sentence on stderr"
     try:
@@ -454,7 +455,8 @@ def _explain(o):
     return int(bool(refused))
 
 def _tell(rows, wrote, place):
-    if rows: _print_table([dict(image=_clean(r['image'])) | _shown(r) for r in rows])
+    short = {'on the map': 'map', 'completeness error': 'error'}
+    if rows: _print_table([dict(image=_clean(r['image'])) | {short.get(k, k): v for k, v in _shown(r).items()} for r in rows])
     if len(wrote) > 3: print(f'\nwrote {len(wrote)} files into {_clean(place[0])}')
     elif wrote: print('\nwrote', *map(_clean, wrote))
     elif rows: _say('\n(--out maps.png, maps.npz or maps.html keeps the maps)')
