@@ -73,10 +73,10 @@ class Explainer:
         batch:dict, # id: n strings; image [n, 3, H, W], transformed; target: n classes, or absent: those that the model predicts
     )->dict:        # columns of n rows: id, target, score, completeness_error, additive_share, map, map_scale, model, method, rules, rows, cols, versions
         "Explain a batch; `map` times `map_scale` is in units of the score"
-        images, target = batch['image'], batch.get('target')
+        like, images, target = next(self.model.parameters()), batch['image'], batch.get('target')
         images = images if isinstance(images, torch.Tensor) else torch.tensor(np.asarray(images))
-        if target is not None: target = torch.tensor(np.asarray(target), device=self.device)
-        a = explain(self.model, images.to(next(self.model.parameters())), target, self.method, self.rules, **self.options)
+        if target is not None: target = torch.tensor(np.asarray(target), device=like.device)
+        a = explain(self.model, images.to(like), target, self.method, self.rules, **self.options)
         return _columns(batch['id'], self.name, a)
 
     @cached_property
@@ -101,7 +101,8 @@ def _check(method, rules, options):
     if wrong := set(options) - set(known): raise TypeError(f'no option {", ".join(sorted(wrong))}: {method or "the usual method"} takes {", ".join(known) or "none"}')
 
 def _on(model, device):
-    if isinstance(model, torch.nn.Module): return model if all(p.device == device for p in model.parameters()) else deepcopy(model).to(device)
+    def there(p): return p.device.type == device.type and device.index in (None, p.device.index)
+    if isinstance(model, torch.nn.Module): return model if all(map(there, model.parameters())) else deepcopy(model).to(device)
     return (load(model) if isinstance(model, str) else model()).to(device)
 
 def _model_name(model):
@@ -146,11 +147,13 @@ def _folder(path, targets):
     here, below = _listed(path)
     inside = [(d, n) for d in below for n in _listed(path/d)[0]]
     if here and inside: raise ValueError(f'{path} has images beside folders with images: name one of these folders, or move the images into one of their own')
-    if not here and not inside: raise ValueError(f'no images in {path}: expected {path}/<image>, or {path}/<class>/<image>')
+    if not here and not inside: return None
     return _of_files(path, [(n, str(path/n), None) for n in here] or [(f'{d}/{n}', str(path/d/n), d if targets else None) for d, n in inside])
 
 # %% ../nbs/40_scale.ipynb #1aa14ee9
-IDS, PICTURES, TARGETS = ('id', 'image_id', 'key'), ('image', 'img', 'picture', 'jpg', 'png'), ('target', 'class', 'label', 'labels') # names of columns, the first found counts
+IDS      = ('id', 'image_id', 'key')                 # columns that name a row: the first that is there counts
+PICTURES = ('image', 'img', 'picture', 'jpg', 'png') # columns that hold images, or their paths
+TARGETS  = ('target', 'class', 'label', 'labels')    # columns that hold classes
 
 def _first(columns, names): return next((n for n in names if n in columns), None)
 
@@ -195,7 +198,8 @@ class _Group:
 
 # %% ../nbs/40_scale.ipynb #d34e5abb
 def _parquet(path, targets):
-    files = sorted(path.glob('**/*.parquet')) if path.is_dir() else [path]
+    files = sorted([*path.glob('*.parquet'), *path.glob('*/*.parquet')]) if path.is_dir() else [path]
+    if not files: raise ValueError(f'no images in {path}: expected {path}/<image>, {path}/<class>/<image>, or Parquet files')
     with _whole(path): heads = [pq.ParquetFile(f) for f in files]
     names = heads[0].schema_arrow.names
     i, image, target = columns = [_first(names, known) for known in (IDS, PICTURES, TARGETS if targets else ())]
@@ -253,8 +257,8 @@ def images_of(
         return Source('', [source], len(source) if hasattr(source, '__len__') else None)
     path = Path(source)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}')
-    if path.suffix.lower() == '.parquet' or path.is_dir() and next(path.glob('**/*.parquet'), None): return _parquet(path, targets)
-    return _folder(path, targets) if path.is_dir() else _table(path, targets)
+    if path.is_dir(): return _folder(path, targets) or _parquet(path, targets)
+    return (_parquet if path.suffix.lower() == '.parquet' else _table)(path, targets)
 
 # %% ../nbs/40_scale.ipynb #b47d2b8a
 @dataclass
@@ -412,9 +416,10 @@ class Run:
     seconds:float # it took
 
     def __len__(self): return self.before + self.explained
-    def __repr__(self):
+    def __str__(self):
         rate = f' ({self.explained/self.seconds:.1f} a second)' if self.explained else ''
-        return f'Run({str(self.out)!r}: {self.explained} images explained{rate}, {self.before} before, {len(self.skipped)} skipped)'
+        return f'{self.explained} images explained{rate}, {self.before} before, {len(self.skipped)} skipped'
+    def __repr__(self): return f'Run({str(self.out)!r}: {self})'
     def _repr_html_(self): return _html(self)
     def read(self,
         maps:bool=True, # also the maps
@@ -428,7 +433,7 @@ def _html(r, most=8):
     from html import escape
     lost = ''.join(f'<tr><td>{escape(i)}</td><td style="text-align:left">{escape(why)}</td></tr>' for i, why in list(r.skipped.items())[:most])
     more = f'<p>and {len(r.skipped) - most} more in <code>skipped.csv</code></p>' if len(r.skipped) > most else ''
-    return f'<p><code>{escape(str(r.out))}</code>: {escape(repr(r).split(": ", 1)[1][:-1])}</p>' + (f'<table>{lost}</table>{more}' if lost else '')
+    return f'<p><code>{escape(str(r.out))}</code>: {escape(str(r))}</p>' + (f'<table>{lost}</table>{more}' if lost else '')
 
 # %% ../nbs/40_scale.ipynb #2a0d4b81
 def run(
@@ -485,16 +490,19 @@ def _ray_rows(part, ready, done, out):
 
 def _ray_write(columns, out): return dict(n=[write_shard(columns, out)])
 
-def _ray(concurrency, num_gpus):
-    "Ray, started, and the GPUs that each explainer has"
+def _ray():
     try: import ray, ray.data
     except ImportError as e: raise ImportError('for several GPUs or machines: pip install "libragrad_nb[ray]"') from e
+    return ray
+
+def _gpus(ray, concurrency, num_gpus):
+    "The GPUs that each explainer has"
     if not ray.is_initialized(): ray.init()
     there, most = ray.cluster_resources(), concurrency if isinstance(concurrency, int) else max(concurrency)
-    gpus = min(1, there.get('GPU', 0)) if num_gpus is None else num_gpus
-    if not gpus and most >= (cpus := int(there.get('CPU', 0))): raise ValueError(
-        f'{most} explainers would take all of the {cpus} CPUs, and nobody would read images for them: ask for fewer, or start Ray with more, ray.init(num_cpus={most + 1})')
-    return ray, gpus
+    gpus, cpus = min(1, there.get('GPU', 0)) if num_gpus is None else num_gpus, int(there.get('CPU', 0))
+    if not gpus and most >= cpus: raise ValueError(f'{most} explainers would take all of the {cpus} CPUs, and nobody would read images for them: '
+                                                   f'ask for fewer, or start Ray with more, ray.init(num_cpus={most + 1})')
+    return gpus
 
 # %% ../nbs/40_scale.ipynb #4c1aef76
 def run_on_ray(
@@ -512,9 +520,9 @@ def run_on_ray(
     **options,           # of `Explainer`
 )->Run:
     "`run` on all machines of a Ray cluster, or on this one; either can go on with the folder of the other"
-    explainer, source = Explainer(model, method, rules, **options), images_of(source, targets)
-    ray, gpus = _ray(concurrency, num_gpus)
+    ray, explainer, source = _ray(), Explainer(model, method, rules, **options), images_of(source, targets)
     with _folder_for(out, _settings(explainer, source)) as out:
+        gpus = _gpus(ray, concurrency, num_gpus)
         done, folder, start = _done(out), str(out.resolve()), time.monotonic()
         for p in out.glob('skipped*.csv'): p.unlink() # all of it is tried again
         parts = ray.data.from_items(list(source.parts), override_num_blocks=min(len(source.parts), 1000))
