@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'ABLATED', 'OPTIONS', 'FRACTIONS', 'plan_of', 'measure', 'benchmark', 'collect', 'embedded', 'main']
 
 # %% ../nbs/21_benchmark.ipynb #586f2cbe
-import argparse, hashlib, json, os, platform, warnings, zlib
+import argparse, hashlib, json, os, platform, sys, warnings, zlib
 from pathlib import Path
 
 # %% ../nbs/21_benchmark.ipynb #6e0df8f5
@@ -262,11 +262,12 @@ def _from_disk(names, images, count, seed, checkpoint):
 
 # %% ../nbs/21_benchmark.ipynb #33656971
 def _parser():
-    p = argparse.ArgumentParser(prog='python -m libragrad_nb.benchmark', formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
-        'Draw and mark the maps of models x methods x rules. An interrupted run goes on when started again with the same options.')
+    p = argparse.ArgumentParser(prog='libragrad-bench', formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
+        'Draw and mark the maps of models x methods x rules. An interrupted run goes on when started again with the same options.',
+        epilog='for example: libragrad-bench --model vit_digits --count 20 --methods fullgrad_plus grad_cam --no-ablations')
     p.add_argument('--model', nargs='+', metavar='NAME', help='embedded models, or with --images timm models (default: all embedded ones)')
     p.add_argument('--images', metavar='PATH', help='class folders (masks in PATH-masks), the ImageNet-S layout, or a CSV file with image, class, mask')
-    p.add_argument('--checkpoint', metavar='FILE', help='weights for the timm model, where they are not to be downloaded')
+    p.add_argument('--checkpoint', metavar='FILE', help='weights for the timm model, a .safetensors file, where they are not to be downloaded')
     p.add_argument('--count', type=int, default=100, help='pictures in a set')
     p.add_argument('--methods', nargs='+', metavar='NAME', help=f'methods (default: the {len(METHODS)} of METHODS)')
     p.add_argument('--rules', nargs='+', default=['plain', 'libra'], help='rule sets')
@@ -283,7 +284,7 @@ def _parser():
 def main(
     args:list=None, # of the command; None: those of this process
 ):
-    "The benchmark as a command; `python -m libragrad_nb.benchmark --help`"
+    "The benchmark as a command; `libragrad-bench --help`"
     p = _parser(); o = p.parse_args(args)
     if o.checkpoint and not (o.images and o.model and len(o.model) == 1): p.error('--checkpoint needs --images and one --model')
     if o.images and not o.model: p.error('--images needs --model: which model shall look at them?')
@@ -292,7 +293,9 @@ def main(
         for name in o.methods or []: find_method(name)
         table = benchmark(tasks, o.out, o.methods or METHODS, o.rules, not o.no_ablations, fractions=o.fractions, pictures=o.pictures, chunk=o.chunk, device=o.device)
     except (ValueError, FileNotFoundError) as e: p.error(str(e))
-    except KeyboardInterrupt: raise SystemExit(f'\ninterrupted: start the same command again to go on, {o.out}/parts is kept')
+    except KeyboardInterrupt:
+        print(f'\ninterrupted: start the same command again to go on, {o.out}/parts is kept', file=sys.stderr)
+        sys.exit(130)
     _say(table, pd.read_csv(Path(o.out)/'skipped.csv'), o.out)
 
 def _say(table, skipped, out):

@@ -109,8 +109,8 @@ def write(
 def main(
     args:list=None, # of the command; None: those of this process
 ):
-    "Explain two-digit scenes with the embedded models; `python -m libragrad_nb.demo --help`"
-    p = argparse.ArgumentParser(prog='python -m libragrad_nb.demo', description=
+    "Explain two-digit scenes with the embedded models; `libragrad-demo --help`"
+    p = argparse.ArgumentParser(prog='libragrad-demo', epilog='for example: libragrad-demo --scenes 16 --out demo', description=
         'Explain two-digit scenes with a ViT and an MLP-Mixer, plain gradient and Libra side by side.')
     p.add_argument('--out', default='demo', help='folder for demo.png and demo.html (default: demo)')
     p.add_argument('--scenes', type=int, default=64, help='how many scenes to score (default: 64)')

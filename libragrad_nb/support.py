@@ -350,7 +350,7 @@ def report(
 
 # %% ../nbs/22_support.ipynb #7bd81cf9
 def _parser():
-    p = argparse.ArgumentParser(prog='python -m libragrad_nb.support', description=
+    p = argparse.ArgumentParser(prog='libragrad-support', epilog='for example: libragrad-support --only vision_transformer swin_transformer --jobs 2', description=
         'Does the account add up? One small model of every timm family and some of Hugging Face, with random weights.')
     p.add_argument('--only', nargs='+', metavar='NAME', help='families or models of timm, or classes of transformers')
     p.add_argument('--out', default='support.jsonl', help='file of rows; those in it are kept (default: support.jsonl)')
@@ -363,7 +363,7 @@ def _parser():
 def main(
     args:list=None, # of the command; None: those of this process
 ):
-    "The support matrix; `python -m libragrad_nb.support --help`"
+    "The support matrix; `libragrad-support --help`"
     p = _parser()
     o = p.parse_args(args)
     try: names = known_names(o.only)

@@ -16,7 +16,7 @@ from importlib.resources import files
 # %% ../nbs/08_zoo.ipynb #31e091f0
 import timm, torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import GluMlp
 from timm.models import VisionTransformer
@@ -301,10 +301,11 @@ def save(
 def load(
     name:str='vit_digits', # one of `EMBEDDED`, or a model of timm that has pretrained weights
     folder=WEIGHTS,        # of the embedded ones
-    checkpoint=None,       # file with weights for a model of timm
+    checkpoint=None,       # .safetensors file with weights for a model of timm
 )->nn.Module: # on the CPU
     "A model with its trained weights, in evaluation mode; never with random ones"
     if name not in EMBEDDED: return _from_timm(name, checkpoint).eval()
+    if checkpoint is not None: raise ValueError(f'{name} has weights of its own: a checkpoint is for models of timm')
     model = EMBEDDED[name].build()
     model.load_state_dict({k: v.float() for k, v in load_file(_file(name, folder)).items()})
     return model.eval()
@@ -317,11 +318,30 @@ def record(
     with safe_open(_file(name, folder), 'pt') as f: return json.loads(f.metadata()['record'])
 
 # %% ../nbs/08_zoo.ipynb #00febbf7
+def _shapes(path):
+    "The shapes of the weights in a safetensors file, by name; of other files nothing is read"
+    if os.path.splitext(path)[1].lower() != '.safetensors': raise ValueError(
+        f'{path!r} is not opened: weights are read from .safetensors files, as others can run code. Where you trust it, convert it once:\n'
+        f"    weights = torch.load({path!r}, map_location='cpu', weights_only=True)\n"
+        f"    safetensors.torch.save_file(weights, {os.path.splitext(path)[0] + '.safetensors'!r})")
+    try:
+        with safe_open(path, 'pt') as f: return {k: f.get_slice(k).get_shape() for k in f.keys()}
+    except SafetensorError as e: raise ValueError(f'{path!r} is no safetensors file, or not all of one: {e}') from e
+
+def _from_file(name, checkpoint):
+    "A model of timm with weights from a file, with as many classes as they have"
+    path = os.fspath(checkpoint)
+    shapes, cfg = _shapes(path), None if ':' in name else timm.get_pretrained_cfg(name)
+    head = shapes.get(f'{cfg.classifier}.weight') if cfg else None
+    try: return timm.create_model(name, checkpoint_path=path, **(dict(num_classes=head[0]) if head else {}))
+    except RuntimeError as e: raise ValueError(f'the weights in {path!r} do not fit {name}: {" ".join(str(e).split())[:200]} ...') from e
+
+# %% ../nbs/08_zoo.ipynb #236ee7b5
 def _from_timm(name, checkpoint=None):
     "A model of timm with weights from a file, or pretrained ones from its cache or the network"
     elsewhere = ':' in name # as in hf-hub:owner/model
     if not elsewhere and not timm.is_model(name): raise ValueError(_no_such(name))
-    if checkpoint: return timm.create_model(name, checkpoint_path=str(checkpoint))
+    if checkpoint is not None: return _from_file(name, checkpoint)
     if not elsewhere and not timm.models.is_model_pretrained(name): raise ValueError(
         _no_such(name) if '.' in name else f'timm has no pretrained weights for {name!r}: give a file of yours, load({name!r}, checkpoint=...)')
     try: return timm.create_model(name, pretrained=True)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from libragrad_nb import benchmark as b
 from libragrad_nb.evidence import count, interval, means, paired, results
 from libragrad_nb.examples import ImageFiles, class_numbers, digit_examples, prompt_examples, recall_examples, _draw
@@ -154,8 +155,8 @@ def test_models_can_be_added_to_a_folder(tmp_path, vit):
 def test_the_command_on_files(tmp_path, tiny):
     "Random weights and drawn images: the marks mean nothing, the way there does"
     folder = _draw(tmp_path/'photos')
-    torch.save(tiny.state_dict(), tmp_path/'weights.pth')
-    b.main(['--model', 'test_vit', '--images', str(folder), '--checkpoint', str(tmp_path/'weights.pth'), '--methods', 'input_x_gradient', 'raw_attention',
+    save_file(tiny.state_dict(), tmp_path/'weights.safetensors')
+    b.main(['--model', 'test_vit', '--images', str(folder), '--checkpoint', str(tmp_path/'weights.safetensors'), '--methods', 'input_x_gradient', 'raw_attention',
             '--out', str(tmp_path/'run'), '--device', 'cpu', '--no-ablations'])
     table = pd.read_parquet(tmp_path/'run/results.parquet')
     assert len(table) == 6*(2*2 + 1) and set(table.model) == {'test_vit'} and table.ap.between(0, 1).all()

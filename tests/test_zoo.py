@@ -1,5 +1,6 @@
 "Inputs with a known answer, and the models that come with the package"
 import pytest, sys, timm, torch
+from safetensors.torch import save_file
 from torch import nn
 
 from libragrad_nb import completeness_error, explain, zoo
@@ -217,6 +218,19 @@ def test_no_weights_anywhere():
 
 def test_a_file_of_ones_own(tmp_path):
     model = timm.create_model('test_vit')
-    torch.save(model.state_dict(), tmp_path/'mine.pt')
-    again = load('test_vit', checkpoint=tmp_path/'mine.pt')
+    save_file(model.state_dict(), tmp_path/'mine.safetensors')
+    again = load('test_vit', checkpoint=tmp_path/'mine.safetensors')
     assert not again.training and torch.equal(again.head.weight, model.head.weight)
+
+def test_a_file_with_classes_of_its_own(tmp_path):
+    save_file(timm.create_model('test_vit', num_classes=7).state_dict(), tmp_path/'mine.safetensors')
+    assert load('test_vit', checkpoint=tmp_path/'mine.safetensors').num_classes == 7
+
+def test_a_file_that_might_run_code_or_does_not_fit(tmp_path):
+    torch.save({}, tmp_path/'mine.pth')
+    with pytest.raises(ValueError, match='(?s)is not opened.*weights_only=True.*mine.safetensors'): load('test_vit', checkpoint=tmp_path/'mine.pth')
+    (tmp_path/'cut.safetensors').write_bytes(b'no')
+    with pytest.raises(ValueError, match='no safetensors file'): load('test_vit', checkpoint=tmp_path/'cut.safetensors')
+    save_file(timm.create_model('test_vit2').state_dict(), tmp_path/'other.safetensors')
+    with pytest.raises(ValueError, match='do not fit test_vit'): load('test_vit', checkpoint=tmp_path/'other.safetensors')
+    with pytest.raises(ValueError, match='of its own'): load('vit_digits', checkpoint=tmp_path/'other.safetensors')
