@@ -254,7 +254,7 @@ def interrupted(job, at):
     lines = 0
     def on_line(frame, event, arg):
         nonlocal lines
-        held = event == 'line' and not frame.f_code.co_name.startswith('_hook_modules') and not _leaves_a_with(frame)
+        held = event == 'line' and not _leaves_a_with(frame)
         lines += held
         if held and lines == at: raise KeyboardInterrupt
         return on_line
