@@ -560,7 +560,7 @@ def _run(o):
     from libragrad_nb.zoo import EMBEDDED
     options = _options(o.option, [o.method] if o.method else []); options.pop('progress', None)
     how = dict(batch_size=o.batch_size, shard_size=o.shard_size, targets=not o.predicted, progress=not o.quiet and sys.stderr.isatty(),
-               device=str(_device(o.device)))
+               device=str(_device(o.device)) if o.device or not o.ray else None)  # with Ray every explainer looks for a GPU where it is
     if twice := set(how) & set(options): raise Mistake(f'{", ".join(twice)} is an option of the run itself: --{min(twice).replace("_", "-")}')
     how, rules = how | options, _rules(o.rules and [o.rules])[0]
     by_name = not o.checkpoint and not (o.model in EMBEDDED and hasattr(EMBEDDED[o.model].build, 'prompted'))  # the table then says the name

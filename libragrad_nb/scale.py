@@ -66,7 +66,8 @@ class Explainer:
         **options,      # of the method
     ):
         _check(method, rules, options)
-        self.given, self.method, self.rules, self.transform, self.options = model, method, rules, transform, options
+        quiet = {'progress': False} if method and 'progress' in find_method(method)[0].options else {} # one bar is enough
+        self.given, self.method, self.rules, self.transform, self.options = model, method, rules, transform, quiet | options
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
     def __call__(self,

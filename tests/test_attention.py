@@ -3,8 +3,7 @@ from itertools import product
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-import libragrad_nb
-from libragrad_nb.core import LIBRA, completeness_error, libra, test_complete as complete
+from libragrad_nb.core import completeness_error, libra, test_complete as complete
 
 N, B = 10, 2
 causal, padding = nn.Transformer.generate_square_subsequent_mask(N, dtype=torch.float64), torch.arange(N).expand(B, N) > 6

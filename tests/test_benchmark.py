@@ -1,5 +1,5 @@
 "The benchmark: what is asked, what is written, what happens when it goes wrong"
-import json, os, signal, subprocess, sys, time, warnings
+import signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from libragrad_nb import benchmark as b
-from libragrad_nb.evidence import count, interval, means, paired, results
+from libragrad_nb.evidence import count, means, paired, results
 from libragrad_nb.examples import ImageFiles, class_numbers, digit_examples, prompt_examples, recall_examples, _draw
 from libragrad_nb.zoo import load
 

@@ -328,7 +328,7 @@ def test_options_of_a_run(call, monkeypatch):
     monkeypatch.setattr(scale, 'run_on_ray', lambda *a, **k: asked.append((a, k)) or scale.Run(Path('run'), 1, 0, {}, 1.))
     assert call('run photos --model vit_digits --out run --ray 3 --batch-size 4 --predicted')[0] == 0
     given = asked[0][1]
-    assert asked[0][0][:3] == ('photos', 'run', 'vit_digits') and given.pop('device') and given == dict(concurrency=3, batch_size=4, shard_size=512, targets=False, progress=False)
+    assert asked[0][0][:3] == ('photos', 'run', 'vit_digits') and given.pop('device') is None and given == dict(concurrency=3, batch_size=4, shard_size=512, targets=False, progress=False)
 
 # weights
 

@@ -9,8 +9,7 @@ from timm.models import VisionTransformer
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
-import libragrad_nb.presets
-from libragrad_nb.decompositions import PASSES, Run, Tape, Way, between, passes, readers, sources
+from libragrad_nb.decompositions import PASSES, Run, Way, between, passes, readers, sources
 from libragrad_nb.explain import explain
 from libragrad_nb.gradient_maps import methods
 

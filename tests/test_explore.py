@@ -5,8 +5,8 @@ import pytest, timm, torch
 from PIL import Image
 from torch import nn
 from libragrad_nb import explain, methods, without
-from libragrad_nb.explore import (MOST_PIXELS, OPS, Explainer, Explorer, Panel, PromptExplorer, RuleLab, TextExplorer, View, balance, draw, find_class,
-                                  first_class, leaks_of, mean_of, probabilities, question_controls, read_image, removed, sentence, split_prompts, top_classes,
+from libragrad_nb.explore import (OPS, Explainer, Explorer, PromptExplorer, RuleLab, TextExplorer, View, balance, find_class,
+                                  first_class, leaks_of, mean_of, probabilities, question_controls, read_image, sentence, split_prompts, top_classes,
                                   usual_blocks, verdict)
 from libragrad_nb.presets import families
 from libragrad_nb.removal import remaining
