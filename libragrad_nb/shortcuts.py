@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../nbs/05a_shortcuts.ipynb #b02de372
+from collections import namedtuple
+from weakref import ref
 import torch, torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction
 from .core import *
@@ -28,14 +30,14 @@ class _Carried(torch.autograd.Function):
 # %% ../nbs/05a_shortcuts.ipynb #477f9a6e
 def _is_fused(q, k, v, scale):
     "Whether torch would call its fused kernel for the CPU"
-    alike = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
-    return alike and q.device.type == 'cpu' and not torch.compiler.is_compiling() and torch._fused_sdp_choice(q, k, v, scale=scale) == 1
+    alike, choice = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2], getattr(torch, '_fused_sdp_choice', None)
+    return bool(choice) and alike and q.device.type == 'cpu' and not torch.compiler.is_compiling() and choice(q, k, v, scale=scale) == 1
 
 def _to_values(q, k, v, scale):
     "Attention whose backward pass is for the values alone: an attention of the keys to the queries"
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     def carry(g, q, k, lse):
-        mean, total = kernel(k, q, g, attn_mask=-lse[:, :, None], scale=scale)
+        mean, total = kernel(k, q, g, attn_mask=(-lse).contiguous()[:, :, None], scale=scale)
         return mean*total.exp()[..., None].to(mean.dtype)
     value, lse = kernel(q, k, const(v), scale=scale)
     return _Carried.apply(value, v, carry, q, k, lse)
@@ -45,20 +47,26 @@ def _stand_in(x):
     "Shaped like `x`, with the memory of one number; what gradient it gets goes to `x`"
     return _Carried.apply(x.new_zeros(()).expand(x.shape), x, lambda g: g)
 
+_Projection = namedtuple('_Projection', 'x weight bias shape stride version out')
+
 @rule('gating', F.linear)
 def _linear(op, input, weight, bias=None):
     out = op(*_share(input, weight), bias)
     if depends(input) and not depends(weight) and not depends(bias) and not torch.compiler.is_compiling():
-        out.projection = _stand_in(input), weight, bias, out._version
+        whole = out._base if out._is_view() else out  # some versions return a view; cuts of it look at what is behind
+        whole.projection = _Projection(_stand_in(input), weight, bias, out.shape, out.stride(), whole._version, ref(out))
     return out
 
 # %% ../nbs/05a_shortcuts.ipynb #ce000e98
-def _only_cut(v, out, listening):
-    "Whether `v` is a view of `out`, which was not written to, and nobody else waits for its gradient"
-    if out is None or not hasattr(out, 'projection') or out._version != out.projection[3]: return False
-    if v.retains_grad or out.retains_grad or v._backward_hooks or len(out._backward_hooks or ()) > listening: return False
+def _waits(t, hooks=0): return t.retains_grad or len(t._backward_hooks or ()) > hooks
+
+def _only_cut(v, whole, listening):
+    "Whether `v` is a view of a projection that was not written to, and nobody waits for a gradient in between"
+    p = getattr(whole, 'projection', None)
+    if p is None or whole._version != p.version or _waits(v) or _waits(whole, listening): return False
+    if (out := p.out()) is not None and out is not whole and _waits(out): return False
     node = v.grad_fn
-    while node is not None and node is not out.grad_fn:
+    while node is not None and node is not whole.grad_fn:
         if isinstance(node, BackwardCFunction) or len(node.next_functions) != 1: return False
         node = node.next_functions[0][0]
     return node is not None
@@ -66,17 +74,17 @@ def _only_cut(v, out, listening):
 # %% ../nbs/05a_shortcuts.ipynb #dbb1912d
 def _straight(v):
     "`v`; where it was cut out of a projection, with its gradient sent straight to what was projected"
-    out, tally = v._base if v._is_view() else None, _here.mode and _here.mode.tally
-    if not _only_cut(v, out, bool(tally)): return v
-    order, (x, weight, bias, _) = sorted(range(v.ndim), key=v.stride, reverse=True), out.projection
+    whole, tally = v._base if v._is_view() else None, _here.mode and _here.mode.tally
+    if not _only_cut(v, whole, bool(tally)): return v
+    order, p = sorted(range(v.ndim), key=v.stride, reverse=True), whole.projection
     turned = const(v).permute(order)
-    try: part = turned.view(*out.shape[:-1], -1)
+    try: part = turned.view(*p.shape[:-1], -1)
     except RuntimeError: return v
-    if part.stride() != out.stride(): return v
-    first = v.storage_offset() - out.storage_offset()
-    weight, bias = (t if t is None else t[first:first + part.shape[-1]] for t in (weight, bias))
-    cut = _Carried.apply(part, x, lambda g, w: g@w.to(g.dtype), weight)
-    if note := tally and tally(F.linear, (x, weight, bias), {}): note(cut)
+    if part.stride() != p.stride: return v
+    first = v.storage_offset() - whole.storage_offset()
+    weight, bias = (t if t is None else t[first:first + part.shape[-1]] for t in (p.weight, p.bias))
+    cut = _Carried.apply(part, p.x, lambda g, w: g@w.to(g.dtype), weight)
+    if note := tally and tally(F.linear, (p.x, weight, bias), {}): note(cut)
     return cut.view(turned.shape).permute([order.index(a) for a in range(v.ndim)])
 
 # %% ../nbs/05a_shortcuts.ipynb #5461d60e

@@ -31,7 +31,7 @@ def of_torch():
     flags = dict(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(), autocast=torch.is_autocast_enabled('cpu'),
                  low=torch.get_autocast_dtype('cpu'), cache=torch.is_autocast_cache_enabled(), dtype=torch.get_default_dtype(), device=torch.get_default_device(),
                  modes=_get_current_function_mode_stack(), dispatch=_get_current_dispatch_mode_stack(), anomaly=torch.is_anomaly_enabled(), threads=torch.get_num_threads(),
-                 deterministic=torch.are_deterministic_algorithms_enabled(), saved=torch._C._autograd._top_saved_tensors_default_hooks(True),
+                 deterministic=torch.are_deterministic_algorithms_enabled(), saved=getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda _: None)(True),
                  here=core._here.mode, rng=torch.get_rng_state(), filters=list(warnings.filters))
     return dict(hooks=hooks, **flags, tables={n: list(d.items()) for n, d in dict(libra=core.LIBRA, composites=core.COMPOSITES, constants=core.CONSTANTS,
                                                                                sets=core.rule_sets, methods=methods, aliases=aliases).items()})
