@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/05a_shortcuts.ipynb #b02de372
 from collections import namedtuple
-from weakref import ref
 import torch, torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction
 from .core import *
@@ -47,14 +46,14 @@ def _stand_in(x):
     "Shaped like `x`, with the memory of one number; what gradient it gets goes to `x`"
     return _Carried.apply(x.new_zeros(()).expand(x.shape), x, lambda g: g)
 
-_Projection = namedtuple('_Projection', 'x weight bias shape stride version out')
+_Projection = namedtuple('_Projection', 'x weight bias version')
 
 @rule('gating', F.linear)
 def _linear(op, input, weight, bias=None):
     out = op(*_share(input, weight), bias)
     if depends(input) and not depends(weight) and not depends(bias) and not torch.compiler.is_compiling():
-        whole = out._base if out._is_view() else out  # some versions return a view; cuts of it look at what is behind
-        whole.projection = _Projection(_stand_in(input), weight, bias, out.shape, out.stride(), whole._version, ref(out))
+        if out._is_view(): out = swap_backward(out, out)  # in some versions of torch; a cut must find its whole
+        out.projection = _Projection(_stand_in(input), weight, bias, out._version)
     return out
 
 # %% ../nbs/05a_shortcuts.ipynb #ce000e98
@@ -64,7 +63,6 @@ def _only_cut(v, whole, listening):
     "Whether `v` is a view of a projection that was not written to, and nobody waits for a gradient in between"
     p = getattr(whole, 'projection', None)
     if p is None or whole._version != p.version or _waits(v) or _waits(whole, listening): return False
-    if (out := p.out()) is not None and out is not whole and _waits(out): return False
     node = v.grad_fn
     while node is not None and node is not whole.grad_fn:
         if isinstance(node, BackwardCFunction) or len(node.next_functions) != 1: return False
@@ -78,9 +76,9 @@ def _straight(v):
     if not _only_cut(v, whole, bool(tally)): return v
     order, p = sorted(range(v.ndim), key=v.stride, reverse=True), whole.projection
     turned = const(v).permute(order)
-    try: part = turned.view(*p.shape[:-1], -1)
+    try: part = turned.view(*whole.shape[:-1], -1)
     except RuntimeError: return v
-    if part.stride() != p.stride: return v
+    if part.stride() != whole.stride(): return v
     first = v.storage_offset() - whole.storage_offset()
     weight, bias = (t if t is None else t[first:first + part.shape[-1]] for t in (p.weight, p.bias))
     cut = _Carried.apply(part, p.x, lambda g, w: g@w.to(g.dtype), weight)
