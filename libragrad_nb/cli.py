@@ -624,7 +624,8 @@ def _module(name, module, args):
     "The command that a module has, with the manners of the others"
     args = sys.argv[1:] if args is None else [str(a) for a in args]
     if '--version' in args: print(f'libragrad-{name} {__version__}'); return 0
-    return _ended(lambda: import_module(f'libragrad_nb.{module}').main(args), f'libragrad-{name}')
+    rest = [a for a in args if a != '--debug']
+    return _ended(lambda: import_module(f'libragrad_nb.{module}').main(rest), f'libragrad-{name}', rest != args)
 
 # %% ../nbs/41_cli.ipynb #75c892a7
 COMMANDS = dict(explain=explain_command, ledger=ledger_command, run=run_command, bench=bench_command, support=support_command, demo=demo_command)
