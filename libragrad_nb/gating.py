@@ -15,7 +15,7 @@ from .affine import at_zero, depends
 # %% ../nbs/05_self_gating.ipynb #a95dbb25
 def _divided(x, n):
     "The same tensor, its gradient divided by `n`"
-    return scale_backward(x, x, torch.tensor(1/n, dtype=torch.float64))
+    return scale_backward(x, x, torch.tensor(1/n, dtype=torch.float64, device='cpu'))
 
 def _share(*factors):
     "The factors; the gradient of each that depends on the input is divided by how many do"

@@ -6,11 +6,8 @@
 __all__ = []
 
 # %% ../nbs/05a_shortcuts.ipynb #b02de372
-from collections import namedtuple
 import torch, torch.nn.functional as F
-from torch.autograd.function import BackwardCFunction
 from .core import *
-from .core import _here
 from .affine import depends
 from .attention import fused_attention
 from .gating import _share
@@ -19,18 +16,22 @@ from .gating import _share
 class _Carried(torch.autograd.Function):
     "`value`, with `carry(g, *constants)` as the gradient of `x`"
     @staticmethod
-    def forward(ctx, value, x, carry, *constants):
-        ctx.carry = carry
-        ctx.save_for_backward(*constants)
-        return value.detach()
+    def forward(value, x, carry, *constants): return value.detach()
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.carry = inputs[2]
+        ctx.save_for_backward(*inputs[3:])
     @staticmethod
     def backward(ctx, g): return None, ctx.carry(g, *ctx.saved_tensors), None, *[None]*len(ctx.saved_tensors)
 
 # %% ../nbs/05a_shortcuts.ipynb #477f9a6e
 def _is_fused(q, k, v, scale):
     "Whether torch would call its fused kernel for the CPU"
-    alike, choice = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2], getattr(torch, '_fused_sdp_choice', None)
-    return bool(choice) and alike and q.device.type == 'cpu' and not torch.compiler.is_compiling() and choice(q, k, v, scale=scale) == 1
+    choice = getattr(torch, '_fused_sdp_choice', None)
+    if choice is None or q.device.type != 'cpu' or torch.compiler.is_compiling() or any(t.is_nested for t in (q, k, v)): return False
+    if torch.is_autocast_enabled('cpu') and q.dtype != torch.get_autocast_dtype('cpu'): return False  # torch would cast
+    alike = q.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    return alike and q.numel() > 0 and k.numel() > 0 and choice(q, k, v, scale=scale) == 1
 
 def _to_values(q, k, v, scale):
     "Attention whose backward pass is for the values alone: an attention of the keys to the queries"
@@ -42,63 +43,36 @@ def _to_values(q, k, v, scale):
     return _Carried.apply(value, v, carry, q, k, lse)
 
 # %% ../nbs/05a_shortcuts.ipynb #e0cb8f74
-def _stand_in(x):
-    "Shaped like `x`, with the memory of one number; what gradient it gets goes to `x`"
-    return _Carried.apply(x.new_zeros(()).expand(x.shape), x, lambda g: g)
+_batched = [getattr(torch._C._functorch, name) for name in ('is_batchedtensor', 'is_legacy_batchedtensor')]
 
-_Projection = namedtuple('_Projection', 'x weight bias version')
+def _filled(g, weight):
+    "`g@weight`, without the columns of `g` at either end that are zero everywhere"
+    weight = weight.to(g.dtype).conj()
+    if any(f(g) for f in _batched): return g@weight  # inside vmap no number can be looked at
+    used = g.flatten(0, -2).any(0).nonzero()
+    first, end = (used[0].item(), used[-1].item() + 1) if len(used) else (0, 0)
+    return g[..., first:end]@weight[first:end]
 
 @rule('gating', F.linear)
 def _linear(op, input, weight, bias=None):
-    out = op(*_share(input, weight), bias)
-    if depends(input) and not depends(weight) and not depends(bias) and not torch.compiler.is_compiling():
-        if out._is_view(): out = swap_backward(out, out)  # in some versions of torch; a cut must find its whole
-        out.projection = _Projection(_stand_in(input), weight, bias, out._version)
-    return out
-
-# %% ../nbs/05a_shortcuts.ipynb #ce000e98
-def _waits(t, hooks=0): return t.retains_grad or len(t._backward_hooks or ()) > hooks
-
-def _only_cut(v, whole, listening):
-    "Whether `v` is a view of a projection that was not written to, and nobody waits for a gradient in between"
-    p = getattr(whole, 'projection', None)
-    if p is None or whole._version != p.version or _waits(v) or _waits(whole, listening): return False
-    node = v.grad_fn
-    while node is not None and node is not whole.grad_fn:
-        if isinstance(node, BackwardCFunction) or len(node.next_functions) != 1: return False
-        node = node.next_functions[0][0]
-    return node is not None
-
-# %% ../nbs/05a_shortcuts.ipynb #dbb1912d
-def _straight(v):
-    "`v`; where it was cut out of a projection, with its gradient sent straight to what was projected"
-    whole, tally = v._base if v._is_view() else None, _here.mode and _here.mode.tally
-    if not _only_cut(v, whole, bool(tally)): return v
-    order, p = sorted(range(v.ndim), key=v.stride, reverse=True), whole.projection
-    turned = const(v).permute(order)
-    try: part = turned.view(*whole.shape[:-1], -1)
-    except RuntimeError: return v
-    if part.stride() != whole.stride(): return v
-    first = v.storage_offset() - whole.storage_offset()
-    weight, bias = (t if t is None else t[first:first + part.shape[-1]] for t in (p.weight, p.bias))
-    cut = _Carried.apply(part, p.x, lambda g, w: g@w.to(g.dtype), weight)
-    if note := tally and tally(F.linear, (p.x, weight, bias), {}): note(cut)
-    return cut.view(turned.shape).permute([order.index(a) for a in range(v.ndim)])
+    alone = depends(input) and not depends(weight) and not depends(bias) and input.device.type == 'cpu' and not torch.compiler.is_compiling()
+    dense = input.layout == torch.strided and not input.is_nested and input.ndim > 1 and weight.ndim == 2
+    if not (alone and dense): return op(*_share(input, weight), bias)
+    return _Carried.apply(op(const(input), weight, bias), input, _filled, weight)
 
 # %% ../nbs/05a_shortcuts.ipynb #5461d60e
 @rule('attention', F.scaled_dot_product_attention)
 def _attention(op, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, **kwargs):
     q, k = const(query), const(key)
-    v = value if not depends(value) or torch.compiler.is_compiling() else _straight(value)
     plain = attn_mask is None and not dropout_p and not is_causal and not kwargs
-    if plain and depends(v) and _is_fused(q, k, const(v), scale): return _to_values(q, k, v, scale)
-    return fused_attention(op, q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
+    if plain and depends(value) and _is_fused(q, k, const(value), scale): return _to_values(q, k, value, scale)
+    return fused_attention(op, q, k, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
 
 # %% ../nbs/05a_shortcuts.ipynb #c40e4f3c
 def _to_pixels(g, weight):
     "Gradient [B, C, h*kh, w*kw] at the input of a convolution whose patches do not overlap, from the one at its output [B, K, h, w]"
     (_, C, kh, kw), (B, _, h, w) = weight.shape, g.shape
-    pixels = g.flatten(2).mT@weight.flatten(1).to(g.dtype)
+    pixels = g.flatten(2).mT@weight.flatten(1).to(g.dtype).conj()
     return pixels.view(B, h, w, C, kh, kw).permute(0, 3, 1, 4, 2, 5).reshape(B, C, h*kh, w*kw)
 
 def _pair(n): return tuple(n) if isinstance(n, (tuple, list)) else (n, n)
