@@ -48,7 +48,7 @@ _batched = [getattr(torch._C._functorch, name) for name in ('is_batchedtensor', 
 def _filled(g, weight):
     "`g@weight`, without the columns of `g` at either end that are zero everywhere"
     weight = weight.to(g.dtype).conj()
-    if any(f(g) for f in _batched): return g@weight  # inside vmap no number can be looked at
+    if g.requires_grad or any(f(g) for f in _batched): return g@weight  # a zero to be differentiated counts; inside vmap no number can be looked at
     used = g.flatten(0, -2).any(0).nonzero()
     first, end = (used[0].item(), used[-1].item() + 1) if len(used) else (0, 0)
     return g[..., first:end]@weight[first:end]

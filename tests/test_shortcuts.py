@@ -214,3 +214,12 @@ def test_twice_differentiable():
     first, = torch.autograd.grad(y, v, w, create_graph=True)
     A = (q@q.mT/8**.5).softmax(-1)
     torch.testing.assert_close(torch.autograd.grad(first.sum(), w)[0], A.sum(-1, keepdim=True).expand_as(w))
+
+
+def test_a_gradient_of_zeros_may_be_differentiated():
+    "The transposed map, by two backward passes, from a gradient that is zero"
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(24, 8)
+    with libra(): y = F.linear(x, weight)
+    v = torch.zeros_like(y, requires_grad=True)
+    g, = torch.autograd.grad(y, x, v, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(g, v, x.detach())[0], x.detach()@weight.T)
