@@ -28,9 +28,10 @@ from tqdm import tqdm
 from . import __version__
 from .colours import as_png, plain_text, written
 from .core import rule_set, rule_sets
-from .examples import IMAGES, _transforms, class_index, class_numbers, read_image
+from .examples import class_index, class_numbers
 from .explain import explain
 from .gradient_maps import find_method, methods
+from .images import IMAGES, read_image, transforms
 from .ledger import ledger, water_level
 from .plot import grid
 from .presets import without
@@ -239,7 +240,7 @@ def _drawn(o, model):
 def _pictures(o, model):
     "What is to be explained"
     if o.scenes: return _drawn(o, model)
-    transform, _ = _transforms(model)
+    transform, _ = transforms(model)
     return [Picture(str(p), partial(_read, p, transform)) for p in _files(o.image)]
 
 # %% ../nbs/41_cli.ipynb #4ba8b654

@@ -31,9 +31,10 @@ from tqdm.auto import tqdm
 from . import __version__
 from .benchmark import _fingerprint, _same, _write
 from .core import rule_set
-from .examples import IMAGES, _csv, _transforms, class_index, class_numbers, read_image
+from .examples import _csv, class_index, class_numbers
 from .explain import explain
 from .gradient_maps import find_method
+from .images import IMAGES, read_image, transforms
 from .ledger import name_of
 from .zoo import load
 
@@ -114,7 +115,7 @@ def _model_name(model):
 def _classes(model): return getattr(model, 'num_classes', None) or getattr(getattr(model, 'config', None), 'num_labels', None) or 2**31
 
 def _transform(model, name):
-    if getattr(model, 'pretrained_cfg', None): return _transforms(model)[0]
+    if getattr(model, 'pretrained_cfg', None): return transforms(model)[0]
     raise ValueError(f'{name} does not say what images it expects: pass transform=, a function of a PIL image that returns a tensor [3, H, W]')
 
 # %% ../nbs/40_scale.ipynb #2a79582d

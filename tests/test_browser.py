@@ -272,7 +272,7 @@ def test_upload(explorer, tmp_path):
     from PIL import Image
     p = explorer
     Image.new('RGB', (90, 70), (200, 40, 90)).save(tmp_path/'red.png'); (tmp_path/'note.png').write_text('no picture')
-    with p.refuses('no picture that can be read'): upload(p, tmp_path/'note.png')
+    with p.refuses('is no image'): upload(p, tmp_path/'note.png')
     with p.changes(): upload(p, tmp_path/'red.png')
     assert 'red.png' in p.options('which')
 

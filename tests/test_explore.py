@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 from libragrad_nb import explain, methods, without
 from libragrad_nb.explore import (OPS, Explainer, Explorer, PromptExplorer, RuleLab, TextExplorer, View, balance, find_class,
-                                  first_class, leaks_of, mean_of, probabilities, question_controls, read_image, sentence, split_prompts, top_classes,
+                                  first_class, leaks_of, mean_of, prepared, probabilities, question_controls, sentence, split_prompts, top_classes,
                                   usual_blocks, verdict)
 from libragrad_nb.presets import families
 from libragrad_nb.removal import remaining
@@ -168,7 +168,7 @@ def given(content, name='mine.png'): return ({'name': name, 'type': 'image/png',
 
 def test_upload(explorer):
     n = len(explorer.explainer.inputs)
-    for content, words in ((b'', 'no picture'), (b'hello', 'no picture'), (png()[:60], 'damaged'), (bomb(8_000), 'million pixels'), (bomb(60_000), 'too large')):
+    for content, words in ((b'', 'is no image'), (b'hello', 'is no image'), (png()[:60], 'damaged'), (bomb(10_000), 'pixels: make it smaller'), (bomb(60_000), 'pixels: make it smaller')):
         with warnings.catch_warnings():
             warnings.simplefilter('error')
             refuses(explorer, words, upload=given(content))
@@ -177,15 +177,15 @@ def test_upload(explorer):
     assert explorer.controls['which'].value == n + 2 and explorer.controls['which'].label == 'LA.png'
     works(explorer, which=0)
 
-def test_read_image_as_timm_would(vit):
+def test_prepared_as_timm_would(vit):
     g = torch.Generator().manual_seed(0)
     picture = Image.fromarray(torch.randint(255, (50, 90, 3), generator=g, dtype=torch.uint8).numpy())
     f = io.BytesIO(); picture.save(f, 'PNG')
     model = timm.create_model('vit_tiny_patch16_224')
     want = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(picture)
-    torch.testing.assert_close(read_image(f.getvalue(), model, torch.zeros(1, 3, 224, 224))[0], want)
-    assert read_image(f.getvalue(), vit, SCENE.images.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match='pretrained_cfg'): read_image(f.getvalue(), nn.Linear(1, 1), SCENE.images)
+    torch.testing.assert_close(prepared(f.getvalue(), model, torch.zeros(1, 3, 224, 224))[0], want)
+    assert prepared(f.getvalue(), vit, SCENE.images.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match='pretrained_cfg'): prepared(f.getvalue(), nn.Linear(1, 1), SCENE.images)
 
 
 def test_mixer_says_that_it_has_no_attention(mixer):

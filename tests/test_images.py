@@ -6,7 +6,8 @@ import pytest
 import timm
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps, features
-from libragrad_nb.examples import ImageFiles, _csv, _draw, _numbers, _rows, read_image
+from libragrad_nb.examples import ImageFiles, _csv, _draw, _numbers, _rows
+from libragrad_nb.images import read_image
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
