@@ -278,6 +278,8 @@ def _parser():
     p.add_argument('--chunk', type=int, default=64, help='rows in a forward pass while patches are removed')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--seed', type=int, default=1000, help='which scenes, or which images of a folder')
+    p.add_argument('--json', action='store_true', help='one JSON document on stdout, for machines')
+    p.add_argument('--quiet', action='store_true', help='no table, no progress; only errors')
     return p
 
 # %% ../nbs/21_benchmark.ipynb #5e6dc6ea
@@ -291,17 +293,28 @@ def main(
     try:
         tasks = _from_disk(o.model, o.images, o.count, o.seed, o.checkpoint) if o.images else embedded(o.model or tuple(TASKS), o.count, o.seed)
         for name in o.methods or []: find_method(name)
-        table = benchmark(tasks, o.out, o.methods or METHODS, o.rules, not o.no_ablations, fractions=o.fractions, pictures=o.pictures, chunk=o.chunk, device=o.device)
+        table = benchmark(tasks, o.out, o.methods or METHODS, o.rules, not o.no_ablations, fractions=o.fractions, pictures=o.pictures, chunk=o.chunk,
+                          device=o.device, progress=not o.quiet)
     except (ValueError, FileNotFoundError) as e: p.error(str(e))
     except KeyboardInterrupt:
         print(f'\ninterrupted: start the same command again to go on, {o.out}/parts is kept', file=sys.stderr)
         sys.exit(130)
-    _say(table, pd.read_csv(Path(o.out)/'skipped.csv'), o.out)
+    skipped = pd.read_csv(Path(o.out)/'skipped.csv')
+    if o.json: print(json.dumps(_told(table, skipped, o.out), indent=1))
+    elif not o.quiet: _say(table, skipped, o.out)
+
+def _means(table):
+    columns = [c for c in ('ap', 'pointing', 'which', 'srg') if c in table and table[c].notna().any()]
+    return table.groupby(['model', 'set', 'method', 'rules'])[columns].mean()
+
+def _told(table, skipped, out):
+    "The summary as numbers; what nobody marked is null"
+    records = {name: json.loads(frame.to_json(orient='records')) for name, frame in dict(means=_means(table).reset_index(), skipped=skipped).items()}
+    return dict(command='libragrad-bench', maps=len(table), **records, written=[f'{out}/results.parquet', f'{out}/skipped.csv'])
 
 def _say(table, skipped, out):
     "A summary on the terminal: means, then what was left out"
-    columns = [c for c in ('ap', 'pointing', 'which', 'srg') if c in table and table[c].notna().any()]
-    print(table.groupby(['model', 'set', 'method', 'rules'])[columns].mean().round(3).to_string())
+    print(_means(table).round(3).to_string())
     lost = skipped[~skipped.what.str.startswith('method ')]
     if len(lost): print(f'\n{len(lost)} images were skipped, or have no mask to mark by:', *(f'  {r.what}: {r.why}' for r in lost.itertuples()), sep='\n')
     for name, group in skipped[skipped.what.str.startswith('method ')].groupby('model'):

@@ -626,7 +626,9 @@ def _module(name, module, args):
     args = sys.argv[1:] if args is None else [str(a) for a in args]
     if '--version' in args: print(f'libragrad-{name} {__version__}'); return 0
     rest = [a for a in args if a != '--debug']
-    return _ended(lambda: import_module(f'libragrad_nb.{module}').main(rest), f'libragrad-{name}', rest != args)
+    def work():
+        with _spoken('--quiet' in rest): return import_module(f'libragrad_nb.{module}').main(rest)
+    return _ended(work, f'libragrad-{name}', rest != args)
 
 # %% ../nbs/41_cli.ipynb #75c892a7
 COMMANDS = dict(explain=explain_command, ledger=ledger_command, run=run_command, bench=bench_command, support=support_command, demo=demo_command)

@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'METHODS', 'compare', 'picture', 'write', 'main']
 
 # %% ../nbs/23_demo.ipynb #439e78ab
-import argparse, base64, io, os
+import argparse, base64, io, json, os
 from pathlib import Path
 
 # %% ../nbs/23_demo.ipynb #e6db585f
@@ -115,13 +115,18 @@ def main(
     p.add_argument('--out', default='demo', help='folder for demo.png and demo.html (default: demo)')
     p.add_argument('--scenes', type=int, default=64, help='how many scenes to score (default: 64)')
     p.add_argument('--seed', type=int, default=5, help='which scenes (default: 5)')
+    p.add_argument('--json', action='store_true', help='one JSON document on stdout, for machines')
+    p.add_argument('--quiet', action='store_true', help='no table, no progress; only errors')
     o = p.parse_args(args)
     if o.scenes < 3: p.error('--scenes must be at least 3')
     s = scenes(o.scenes, digits=2, seed=o.seed)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    table, answers = compare(s, {name: load(name).to(device) for name in MODELS})
-    print(table.to_string(index=False, formatters=FORMAT))
-    for path in write(s, table, answers, o.out): print('wrote', path)
+    table, answers = compare(s, {name: load(name).to(device) for name in MODELS}, progress=not o.quiet)
+    _say(table, [str(path) for path in write(s, table, answers, o.out)], o)
+
+def _say(table, written, o):
+    if o.json: print(json.dumps(dict(command='libragrad-demo', scenes=o.scenes, rows=table.to_dict('records'), written=written), indent=1))
+    elif not o.quiet: print(table.to_string(index=False, formatters=FORMAT), *(f'wrote {path}' for path in written), sep='\n')
 
 # %% ../nbs/23_demo.ipynb #0c925f46
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -339,12 +339,13 @@ def summary(row):
 # %% ../nbs/22_support.ipynb #78ecf6b4
 def report(
     rows:dict, # by name
+    say=print, # takes the lines
 )->list:       # names that leak or fail here and do not in the committed table
-    "Print what is not complete, and how often each verdict"
+    "Say what is not complete, and how often each verdict"
     verdicts = {name: verdict(row) for name, row in rows.items()}
     for name, v in verdicts.items():
-        if v != 'complete': print(summary(rows[name]))
-    print(', '.join(f'{list(verdicts.values()).count(v)} {v}' for v in VERDICTS))
+        if v != 'complete': say(summary(rows[name]))
+    say(', '.join(f'{list(verdicts.values()).count(v)} {v}' for v in VERDICTS))
     def bad(v): return v in ('failed', 'leaks')
     return [name for name, row in committed().items() if not bad(verdict(row)) and bad(verdicts.get(name))]
 
@@ -358,6 +359,8 @@ def _parser():
     p.add_argument('--jobs', type=int, default=1, help='processes at a time (default: 1)')
     p.add_argument('--timeout', type=float, default=900, help='seconds for a model (default: 900)')
     p.add_argument('--memory', type=float, default=6, help='GB for a model (default: 6)')
+    p.add_argument('--json', action='store_true', help='one JSON document on stdout, for machines')
+    p.add_argument('--quiet', action='store_true', help='no report, no progress; only errors')
     return p
 
 def main(
@@ -368,8 +371,11 @@ def main(
     o = p.parse_args(args)
     try: names = known_names(o.only)
     except ValueError as e: p.error(e)
-    rows = sweep(names, o.out, o.again, o.jobs, timeout=o.timeout, memory=o.memory)
-    if worse := report({n: rows[n] for n in names}): sys.exit(f'these were in order before, and are not now: {", ".join(worse)}')
+    made = sweep(names, o.out, o.again, o.jobs, progress=not o.quiet, timeout=o.timeout, memory=o.memory)
+    rows = {n: made[n] for n in names}
+    worse = report(rows, (lambda line: None) if o.json or o.quiet else print)
+    if o.json: print(json.dumps(dict(command='libragrad-support', rows=[r | dict(verdict=verdict(r)) for r in rows.values()], worse=worse, written=[o.out]), indent=1))
+    if worse: sys.exit(f'these were in order before, and are not now: {", ".join(worse)}')
 
 # %% ../nbs/22_support.ipynb #72737634
 if __name__ == '__main__' and '__file__' in globals():

@@ -390,6 +390,16 @@ def test_commands_of_other_modules_get_their_arguments(call, monkeypatch, name, 
     monkeypatch.setattr(m, 'main', broken)
     assert call(name) == (1, '', f'libragrad-{name}: there: No space left on device\n')
 
+def strictly(text): return json.loads(text, parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
+
+@pytest.mark.parametrize('line, rows', [('demo --scenes 3', 'rows'), ('bench --model vit_digits --count 2 --methods input_x_gradient --no-ablations --out bench', 'means'),
+                                        ('support --only resnet --out rows.jsonl', 'rows')])
+def test_the_other_commands_speak_to_machines_too(call, line, rows):
+    code, out, err = call(f'{line} --json --quiet')
+    document = strictly(out)
+    assert code == 0 and not err and document['command'] == f'libragrad-{line.split()[0]}' and document[rows] and all(map(os.path.exists, document['written']))
+    assert call(f'{line} --quiet') == (0, '', '')
+
 def test_a_benchmark_that_is_interrupted_says_how_to_go_on(call, monkeypatch):
     from libragrad_nb import benchmark
     def pressed(*a, **k): raise KeyboardInterrupt
