@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .core import libra
 from .gradient_maps import method
 from .restart import Rest
-from .trace import not_recomputed
+from .trace import through_checkpoints
 
 # %% ../nbs/13_path_maps.ipynb #a7aca025
 def _even(n): return torch.full((n,), 1/n, dtype=torch.float64)
@@ -61,8 +61,10 @@ def sum_of_gradients(
     with torch.inference_mode(False), torch.enable_grad():
         for w in tqdm(weights.split(per), name, disable=not progress or len(weights) <= per):
             h = torch.cat([*islice(points, len(w))]).requires_grad_()
-            with libra(rest.model, rules): score = rest(h)
-            with not_recomputed(): g, = torch.autograd.grad(score.sum(), h)
+            def gradient(again):
+                with libra(rest.model, rules): score = rest(h)
+                with again(): return torch.autograd.grad(score.sum(), h)[0]
+            g = through_checkpoints(gradient, rest.model, rules)
             g = g.to(torch.promote_types(g.dtype, torch.float32)).unflatten(0, (len(w), -1))
             total = total + torch.einsum('k,k...->...', w.to(g), g)
     return total

@@ -9,19 +9,21 @@ __all__ = ['token_axis', 'token_axes', 'weighed', 'placed', 'per_image', 'meet',
 # %% ../nbs/10_trace.ipynb #16e5a35e
 import math, threading
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 # %% ../nbs/10_trace.ipynb #ccb238a5
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 # %% ../nbs/10_trace.ipynb #c76d4e2a
 from .core import Tally, hooked, libra, swap_backward
 from . import affine, activations, attention, layernorm, gating, shortcuts
 from .attention_matrix import Matrices, NoAttention
 from .ledger import name_of
+from .shortcuts import recomputed
 from .tokens import Layout, State, choose, layout, on_grid, read_inputs
 
 # %% ../nbs/10_trace.ipynb #61e0d993
@@ -437,6 +439,9 @@ def trace(
     data = read_inputs(model, images)
     targets = target if isinstance(target, list) else [target]
     if not targets: raise ValueError('an empty list of targets: pass None for the predicted class')
+    return through_checkpoints(lambda again: _trace(model, data, targets, rules, of, terms, again), model, rules)
+
+def _trace(model, data, targets, rules, of, terms, again):
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
         if data.x.is_inference(): data.x = data.x.clone()
         tally = TokenTally(len(data.x), layout(model, data.x), terms, _padded(data))
@@ -446,9 +451,10 @@ def trace(
         with libra(rules='plain'):  # also inside a `libra` of the caller
             scores = [choose(output, t, of, data.last()) for t in targets]
         begun.check(); _check_scores(scores, len(data.x))
-        sure = prefix_in_front(tally, begun.leaf)
-        kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
-        return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
+        with again():
+            sure = prefix_in_front(tally, begun.leaf)
+            kept = bottlenecks([score for score, _ in scores], begun.node, tally.nodes) if sure else []
+            return [_backward(data, begun, tally, kept, *s, last=s is scores[-1], rules=rules) for s in scores]
 
 # %% ../nbs/10_trace.ipynb #8e7acf91
 def _padded(data):
@@ -473,13 +479,23 @@ def not_recomputed():
     "A clear error where the backward pass meets a checkpoint"
     try: yield
     except RuntimeError as e:
-        if 'checkpoint' not in str(e): raise
-        raise ValueError('the model recomputes its blocks in the backward pass, where the rules are off: '
+        if 'checkpoint' not in str(e).lower(): raise
+        raise ValueError('the model recomputes its blocks in the backward pass, where the rules cannot follow: '
                          'turn that off, e.g. with model.set_grad_checkpointing(False)') from e
+
+def through_checkpoints(
+    run,           # a function of `again`, which makes a context for the backward pass
+    model,
+    rules='libra', # those of the forward pass
+):
+    "What `run` returns; once more from its start, with the rules in what is recomputed, where the model turns out to be checkpointed"
+    with not_recomputed():
+        with suppress(CheckpointError): return run(nullcontext)
+        return run(partial(recomputed, model, rules))
 
 def _backward(data, begun, tally, kept, score, target, last, rules):
     tally.clear(begun.leaf, kept)
-    with not_recomputed(): g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last, allow_unused=True)
+    g, = torch.autograd.grad(score.sum(), begun.leaf, retain_graph=not last, allow_unused=True)
     if g is None: raise ValueError(_NO_WAY)
     tally.check()
     pixels = (g*begun.leaf).detach().to(tally.dtype)

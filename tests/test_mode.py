@@ -1,10 +1,11 @@
 "What is no lesson about the mode: compilation, threads, in-place operations, leaving no trace"
-import threading
+import _thread, threading
 
-import pytest, torch, torch.utils.checkpoint
+import pytest, torch, torch.nn.functional as F, torch.utils.checkpoint
 
-from libragrad_nb.core import completeness_error, libra
+from libragrad_nb.core import _here, completeness_error, libra
 from libragrad_nb.explain import explain
+from libragrad_nb.shortcuts import recomputed
 from libragrad_nb.zoo import load, scenes
 
 
@@ -99,13 +100,59 @@ def test_module_rules_take_keyword_inputs():
     assert len(seen) == 1 and seen[0] is x
 
 
-@pytest.mark.parametrize('reentrant', [True, False])
-def test_checkpointed_blocks_are_refused(x, reentrant):
-    "Their second forward pass would run without the rules"
-    model = load('vit_digits')
+def checkpointed(reentrant, name='vit_digits'):
+    model = load(name)
     forward = model.blocks.forward
     model.blocks.forward = lambda h: torch.utils.checkpoint.checkpoint(forward, h, use_reentrant=reentrant)
-    with pytest.raises(ValueError, match='set_grad_checkpointing'): explain(model, x.detach())
+    return model
+
+def test_the_older_checkpoints_are_refused(x):
+    "Their first forward pass leaves no graph"
+    with pytest.raises(ValueError, match='set_grad_checkpointing'): explain(checkpointed(True), x.detach())
+
+@pytest.mark.parametrize('rules', ['libra', 'plain', 'alilrp'])
+@pytest.mark.parametrize('name', ['vit_digits', 'vit_reg_digits', 'mixer_digits', 'eva_digits', 'gmixer_digits'])
+def test_checkpoints_change_nothing(x, name, rules):
+    for model in (checkpointed(False, name), load(name)): # all blocks in one, then each alone
+        model.set_grad_checkpointing(model.blocks.forward.__name__ == 'forward')
+        for ours, usual in zip(explain(model, x.detach(), [1, 3], rules=rules), explain(load(name), x.detach(), [1, 3], rules=rules)):
+            for part in ('map', 'score', 'unplaced', 'additive'): assert torch.equal(getattr(ours, part), getattr(usual, part)), part
+
+def test_other_threads_keep_their_own_gradients_beside_a_recomputation(x):
+    "A hook of ours is on the model, and somebody else runs it"
+    model, x, found = load('vit_digits'), x.detach(), []
+    def plainly(): y = x.clone().requires_grad_(); found.append(torch.autograd.grad(model(y)[:, 3].sum(), y)[0])
+    plainly()
+    with recomputed(model):
+        other = threading.Thread(target=plainly); other.start(); other.join()
+    assert torch.equal(*found)
+
+def test_a_thread_of_autograd_itself_has_the_rules(x):
+    "As on a GPU, whose backward pass runs in a thread that Python did not start"
+    model, x, done, found = checkpointed(False), x.detach().requires_grad_(), threading.Event(), []
+    with libra(model): y = model(x)[:, 3].sum()
+    def work():
+        try: found.append(torch.autograd.grad(y, x)[0])
+        except Exception as e: found.append(e)
+        done.set()
+    with recomputed(model): _thread.start_new_thread(work, ()); assert done.wait(60)
+    assert torch.equal(found[0], gradient(load('vit_digits'), x))
+
+def test_rules_leave_when_a_recomputation_breaks_off(x):
+    "PyTorch stops computing again when it has enough; whatever happens there, no hook and no mode stays"
+    model, x = checkpointed(False), x.detach().requires_grad_()
+    def hooks(): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    with libra(model): y = model(x)
+    with recomputed(model): torch.autograd.grad(y.sum(), x)
+    assert not hooks() and torch.equal(F.gelu(x), F.gelu(x.detach()))
+    with libra(model): y = model(x)
+    def broken(*a): raise KeyError('in the second forward pass')
+    model.blocks[2].mlp.register_forward_hook(broken)
+    with pytest.raises(KeyError, match='second'):
+        with recomputed(model): torch.autograd.grad(y.sum(), x)
+    assert hooks() == 1 and _here.mode is None
+    g, = torch.autograd.grad((x*x).sum(), x)
+    assert torch.equal(g, 2*x)  # the plain one
 
 
 def test_a_part_in_training_mode_is_refused(vit, x):
