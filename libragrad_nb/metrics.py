@@ -61,7 +61,7 @@ def average_precision(
 )->torch.Tensor:              # [B] in [0, 1]
     "How well each map ranks the pixels of the object above the others (step-wise average precision)"
     from sklearn.metrics import average_precision_score
-    return torch.tensor([average_precision_score(m.numpy(), p.numpy()) for p, m in _pixels(maps, masks, ignore)])
+    return torch.tensor([float(average_precision_score(m.numpy(), p.numpy())) for p, m in _pixels(maps, masks, ignore)])
 
 # %% ../nbs/20_metrics.ipynb #585461d1
 THRESHOLDS = (.1, .2, .3, .4, .5)
