@@ -95,9 +95,8 @@ def _spoken(quiet):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if not quiet: warnings.simplefilter('default', UserWarning)
-        def said(message, category, *where, **more):
-            if issubclass(category, UserWarning): _say(f'warning: {message}')  # a library may force others upon us
-        warnings.showwarning = said
+        warnings.simplefilter('ignore', DeprecationWarning)  # some are of both kinds
+        warnings.showwarning = lambda message, *where, **more: _say(f'warning: {message}')
         yield
 
 # %% ../nbs/41_cli.ipynb #33f21130
