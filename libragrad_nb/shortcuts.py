@@ -98,6 +98,7 @@ def _works_for(owner):
     own = isinstance(threading.current_thread(), threading._DummyThread) and torch._C._current_graph_task_id() != -1
     return own or threading.get_ident() == owner
 
+# %% ../nbs/05a_shortcuts.ipynb #5acd8e67
 @contextmanager
 def recomputed(
     model,         # a module, some of whose parts are checkpointed
