@@ -23,13 +23,14 @@ def _stored(file):
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=[f for f in _FORMATS if f in Image.OPEN])
 
 @contextmanager
-def _decoded(file):
+def _decoded(file, most=None):
     "An image as it was stored, decoded; whatever goes wrong is a ValueError"
     def say(what): return ValueError(f'{_called(file)} {what}')
     Image.init()
     try:
         with _stored(file) as image:
             if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf): raise Image.DecompressionBombError
+            if math.prod(image.size) > (most or math.inf): raise NotImplementedError(f'has {math.prod(image.size)} pixels, and at most {most} are decoded here: make it smaller')
             if max(image.size) > 100*min(image.size): raise NotImplementedError(f'has {image.width} x {image.height} pixels, a line rather than a picture: cut it to pieces')
             image.load()
             yield image
@@ -74,10 +75,11 @@ def _upright(image, stored):
 
 # %% ../nbs/17c_images.ipynb #db589d46
 def read_image(
-    file, # a path, the bytes of a file, or a PIL image
-)->Image.Image: # RGB
+    file,          # a path, the bytes of a file, or a PIL image
+    most:int=None, # pixels; None: as many as PIL allows
+)->Image.Image:    # RGB
     "An image file as you see it: the first frame, upright, transparency on white, 16 bits scaled to 8; else a ValueError that says why not"
-    with _decoded(file) as image: found = _upright(_rgb(image), image)
+    with _decoded(file, most) as image: found = _upright(_rgb(image), image)
     found.info = {} # so that nobody turns it again
     return found
 

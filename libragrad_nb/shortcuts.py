@@ -95,8 +95,8 @@ def _conv2d(op, input, weight, bias=None, stride=1, padding=0, dilation=1, group
 # %% ../nbs/05a_shortcuts.ipynb #70955f13
 def _works_for(owner):
     "Whether this is the thread `owner`, or one that autograd keeps for a device"
-    own = isinstance(threading.current_thread(), threading._DummyThread) and torch._C._current_graph_task_id() != -1
-    return own or threading.get_ident() == owner
+    autograds = isinstance(threading.current_thread(), threading._DummyThread) and torch._C._current_graph_task_id() != -1
+    return autograds or threading.get_ident() == owner
 
 # %% ../nbs/05a_shortcuts.ipynb #5acd8e67
 @contextmanager

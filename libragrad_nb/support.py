@@ -363,6 +363,8 @@ def _parser():
     p.add_argument('--quiet', action='store_true', help='no report, no progress; only errors')
     return p
 
+def _strict(row): return json.loads(json.dumps(row), parse_constant=lambda number: None)  # JSON has no NaN
+
 def main(
     args:list=None, # of the command; None: those of this process
 ):
@@ -374,7 +376,7 @@ def main(
     made = sweep(names, o.out, o.again, o.jobs, progress=not o.quiet, timeout=o.timeout, memory=o.memory)
     rows = {n: made[n] for n in names}
     worse = report(rows, (lambda line: None) if o.json or o.quiet else print)
-    if o.json: print(json.dumps(dict(command='libragrad-support', rows=[r | dict(verdict=verdict(r)) for r in rows.values()], worse=worse, written=[o.out]), indent=1))
+    if o.json: print(json.dumps(dict(command='libragrad-support', rows=[_strict(r) | dict(verdict=verdict(r)) for r in rows.values()], worse=worse, written=[o.out]), indent=1))
     if worse: sys.exit(f'these were in order before, and are not now: {", ".join(worse)}')
 
 # %% ../nbs/22_support.ipynb #72737634

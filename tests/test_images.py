@@ -227,6 +227,10 @@ def test_the_limit_is_pillows(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
     assert read_image(file(photo(), 'BMP')).size == (36, 24)
 
+def test_a_limit_of_the_caller():
+    assert read_image(file(photo(), 'BMP'), 24*36).size == (36, 24)
+    with pytest.raises(ValueError, match='864 pixels, and at most 863 are decoded'): read_image(file(photo(), 'BMP'), 24*36 - 1)
+
 # anything at all
 
 @functools.cache

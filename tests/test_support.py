@@ -108,6 +108,8 @@ def test_report(capsys):
     assert 'no answer within 3 s' in (out := capsys.readouterr().out) and '1 complete' in out and '1 failed' in out
 
 
+def test_json_has_no_nan(): assert support._strict(dict(name='a', GB=float('nan'), seconds=.5)) == dict(name='a', GB=None, seconds=.5)
+
 def test_command(tmp_path, capsys):
     "End to end: a row, then the same from the file"
     for _ in range(2):
